@@ -1,0 +1,45 @@
+"""phisam: (phi, psi, mu) sharpness-aware optimizers for PyTorch, from one process to many GPUs.
+
+    import phisam
+    opt = phisam.PhiSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), measure=phisam.frobenius(), rho=0.01)
+    loss = opt.step(lambda: criterion(model(inputs), targets))
+
+Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `sharding.py` and `optimizer.py`.
+"""
+
+from phisam.measures import (
+    Measure,
+    determinant,
+    eigen_power,
+    exp_product,
+    frobenius,
+    log_determinant,
+    sgd,
+    trace,
+)
+from phisam.noise import Noise, dirac, gaussian, hypercube, rademacher, sphere
+from phisam.optimizer import PhiSAM, StepRecord
+from phisam.sharding import SampleMesh, sample_mesh
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Measure",
+    "Noise",
+    "PhiSAM",
+    "SampleMesh",
+    "StepRecord",
+    "determinant",
+    "dirac",
+    "eigen_power",
+    "exp_product",
+    "frobenius",
+    "gaussian",
+    "hypercube",
+    "log_determinant",
+    "rademacher",
+    "sample_mesh",
+    "sgd",
+    "sphere",
+    "trace",
+]

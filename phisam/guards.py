@@ -1,0 +1,164 @@
+"""What the evaluation of a perturbed point must not disturb: buffers, dropout masks, and the user's trust.
+
+Only point 0 may change buffers (BatchNorm's statistics, counters, any custom buffer), each point must start from
+the same buffers, and all points of a step must see the same dropout masks: L_e - L_0 is to come from the
+perturbation alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("phisam")
+
+
+class Buffers:
+    """The model's buffers as they were before a step, and as point 0 left them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._after_point_0: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """The values, and the tensor objects, of before the step."""
+        for module, name, buffer, before in self._owners:
+            module._buffers[name] = buffer  # a forward may have assigned another tensor to the name
+            buffer.copy_(before)
+
+    def keep(self) -> None:
+        """Call after the evaluation of point 0: what `settle` is to leave in the model."""
+        self._after_point_0 = [
+            value.clone() if isinstance(value := module._buffers[name], Tensor) else before
+            for module, name, _, before in self._owners
+        ]
+
+    @torch.no_grad()
+    def settle(self, taken: Tensor) -> None:
+        """Ends a step: the values after point 0 if this rank evaluated it and the step was taken, else those before.
+
+        taken: bool scalar tensor on the model's device; it is not read by the host.
+        """
+        self.rewind()
+        if self._after_point_0 is not None:
+            for (_, _, buffer, before), after in zip(self._owners, self._after_point_0, strict=True):
+                buffer.copy_(torch.where(taken, after, before))
+
+
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Yields `restart(key)`, which puts torch's global generators in a state that depends on the key alone.
+
+    On exit the user's own random streams go on as if nothing had been drawn. A key per (seed, step, data rank)
+    gives all points of a step the same dropout masks on whichever rank they are evaluated, and a resumed run the
+    masks it would have had, with no generator state to save.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+
+    def restart(key: int) -> None:
+        for generator in generators:
+            generator.manual_seed(key)
+
+    try:
+        yield restart
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def checked_loss(loss: object, parameters: Sequence[Tensor]) -> Tensor:
+    """The closure's result as a scalar tensor.
+
+    Raises:
+        ValueError: it is no scalar, is in half precision, does not depend on the parameters, or the closure called
+            backward itself.
+    """
+    if any(p.grad is not None for p in parameters):
+        raise ValueError(
+            "the closure called backward: it must only run the forward pass and return the loss, "
+            "as in opt.step(lambda: criterion(model(inputs), targets)); PhiSAM calls backward itself"
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"the closure must return the loss as a scalar tensor, got {got}; average it over the batch")
+    if loss.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the loss is {loss.dtype}, but delta = (L_i - L_0) / rho^2 needs float32 or better: "
+            "compute the loss outside autocast, as in criterion(model(inputs).float(), targets)"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no gradient: the closure ran under torch.no_grad(), detached its result, "
+            "or the loss does not depend on the model's parameters"
+        )
+    return loss.reshape(())
+
+
+class Monitor:
+    """Counts skipped steps on the device and says once what a user must hear, without the host waiting for a GPU.
+
+    On CUDA the numbers travel to pinned memory behind the step, and are looked at when they have arrived.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._numbers = torch.zeros(2, dtype=torch.float64, device=device)  # skipped steps, w_0 of the last step
+        self._on_host = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._arrived = torch.Event(device) if device.type == "cuda" else None
+        self._said: set[str] = set()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Waits for the device."""
+        return int(self._numbers[0])
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._numbers[0] = count
+
+    def record(self, taken: Tensor, weight_0: Tensor) -> None:
+        """After a step; both scalar tensors on the device."""
+        self._report()
+        self._numbers[0] += ~taken
+        self._numbers[1] = weight_0
+        self._on_host.copy_(self._numbers, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        else:
+            self._report()
+
+    def _report(self) -> None:
+        if self._arrived is not None and not self._arrived.query():
+            return
+        skipped, weight_0 = self._on_host.tolist()
+        if skipped > 0:
+            self._say_once(
+                "skipped",
+                f"a loss or a gradient was inf or NaN ({skipped:.0f} step(s) so far): such a step is skipped, "
+                "parameters and buffers stay as they were; opt.skipped_steps counts them. This is said once.",
+            )
+        if weight_0 < 0:
+            self._say_once(
+                "negative",
+                f"the weight of the unperturbed loss is w_0 = {weight_0:.4g} < 0: the step climbs the loss itself, and "
+                "the objective may be unbounded below (for trace it is whenever lam > 1); lower lam. "
+                "This is said once.",
+            )
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(message)
