@@ -65,8 +65,8 @@ class Rows:
     exp(log_scale), the largest one so far, as a running softmax does, and can neither overflow nor vanish.
     """
 
-    def __init__(self) -> None:
-        self._point_0: list[Tensor | None] | None = None
+    def __init__(self, n_parameters: int) -> None:
+        self._point_0: list[Tensor | None] = [None] * n_parameters
         self._rows: list[list[Tensor | None]] = []
         self.log_scale: Tensor | None = None
 
@@ -97,10 +97,9 @@ class Rows:
 
         The rows are used up. Without a perturbed point factors is None.
         """
-        total: list[Tensor | None] = self._point_0 if self._point_0 is not None else []
+        total = self._point_0
         _scale_(total, weight_0 * scale)
         if factors is not None:
-            total = total or [None] * len(self._rows[0])
             for row, factor in zip(self._rows, factors, strict=True):
                 _add_scaled_(total, row, factor * scale)
         return total

@@ -193,7 +193,7 @@ class PhiSAM(Optimizer):
         n_points = self.gradient_evaluations_per_step
         last = mesh.rounds(n_points) - 1
         exchange = LossExchange(mesh, n_points, self.scope)
-        rows = Rows()
+        rows = Rows(len(self._parameters))
         for p in self._parameters:
             p.grad = None
 
@@ -254,7 +254,7 @@ class PhiSAM(Optimizer):
         """The base optimizer's step, unless the step is skipped."""
         base = self.base_optimizer
         if getattr(base, "_step_supports_amp_scaling", False):  # torch's fused optimizers skip on the device
-            base.found_inf = (~taken).float().reshape(1)  # type: ignore[attr-defined]
+            base.found_inf = (~taken).float()  # type: ignore[attr-defined]
             base.grad_scale = None  # type: ignore[attr-defined]
             try:
                 base.step()
@@ -332,13 +332,14 @@ def _trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.
             f"{foreign} of the base optimizer's {len(optimized)} parameter tensors are not the model's; build it from "
             "the model that PhiSAM gets, after the model was moved or replaced: SGD(model.parameters(), ...)"
         )
-    return [p for p in of_model if p in optimized and p.requires_grad]
+    trained = [p for p in of_model if p in optimized and p.requires_grad]
+    if not trained:
+        raise ValueError("the base optimizer has no parameter that requires a gradient: nothing can be trained")
+    return trained
 
 
 def _check_tensors(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Raises ValueError unless a small perturbation of the parameters can be represented and made in one fill."""
-    if not parameters:
-        raise ValueError("the base optimizer has no parameter that requires a gradient; nothing can be trained")
     names = {p: name for name, p in model.named_parameters()}
     first = parameters[0]
     for p in parameters:

@@ -33,6 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 Scope = Literal["global", "shard"]
 
+# torch 2.14 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class SampleMesh:
@@ -73,7 +76,7 @@ class ProcessMesh(SampleMesh):
 
     def gather(self, losses: Tensor) -> Tensor:
         everyone = losses.new_empty(self.world_size * len(losses))
-        dist.all_gather_into_tensor(everyone, losses)
+        _all_gather(everyone, losses)
         return everyone.view(self.data_size, self.sample_size, len(losses))
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:

@@ -1,0 +1,34 @@
+"""Runs a function on W gloo processes of this machine and returns what each rank returned."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def run(world_size: int, function: Callable[[int], Any]) -> list[Any]:
+    """[function(rank) for rank in ranks], each in a process of its own; results must be loadable by torch.load."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, args=(world_size, folder, function), nprocs=world_size, join=True)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _process(rank: int, world_size: int, folder: str, function: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.save(function(rank), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
