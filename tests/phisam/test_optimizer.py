@@ -136,7 +136,7 @@ def test_dropout_masks_change_from_step_to_step_and_leave_the_users_stream_alone
     assert len(set(losses)) == 3
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -150,12 +150,12 @@ def test_a_closure_that_raises_leaves_everything_as_it_was(at_call: int) -> None
     def closure() -> Tensor:
         loss = closure_of(model)()
         if next(calls) == at_call:
-            raise Interruption
+            raise InterruptionError
         return loss
 
     torch.manual_seed(3)
     random_state = torch.get_rng_state()
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         opt.step(closure)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_bit_equal(before, state(model))
