@@ -1,0 +1,1 @@
+"""The service: Ray Train workers run the phisam optimizer, MLflow keeps their metrics and models."""

@@ -1,0 +1,9 @@
+"""Errors for the person at the command line: their text is all that is printed, never a traceback."""
+
+
+class ConfigError(ValueError):
+    """A mistake in a run description, a flag, or the data it names. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, go on, or be found. Exit code 1."""
