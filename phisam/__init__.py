@@ -19,7 +19,7 @@ from phisam.measures import (
 )
 from phisam.noise import Noise, dirac, gaussian, hypercube, rademacher, sphere
 from phisam.optimizer import PhiSAM, StepRecord
-from phisam.sharding import SampleMesh, sample_mesh
+from phisam.sharding import SampleMesh, sample_mesh, sample_size
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "log_determinant",
     "rademacher",
     "sample_mesh",
+    "sample_size",
     "sgd",
     "sphere",
     "trace",

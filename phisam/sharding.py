@@ -103,32 +103,42 @@ def sample_mesh(n_samples: int, sample_parallel: int | Literal["auto"] = "auto")
 
     Args:
         n_samples: perturbed points of a step, `measure.n_points(n)`; a step evaluates n_samples + 1 points.
-        sample_parallel: S. "auto" takes the divisor of W, at most n + 1, that wastes the least work (a mesh costs
-            ceil((n + 1) / S) S evaluations of a data rank's batch); of equals the largest, since one point a rank
-            overlaps its all-reduce with its backward and keeps per-rank batches whole.
+        sample_parallel: S, or "auto" as `sample_size` has it.
 
     Without an initialised process group the result is a mesh of one process.
 
     Raises:
         ValueError: sample_parallel is no divisor of the world size.
     """
-    if n_samples < 0:
-        raise ValueError(f"sample_mesh: n_samples must be >= 0, got {n_samples}")
     initialised = dist.is_available() and dist.is_initialized()
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
+    size = sample_size(world_size, n_samples, sample_parallel)
+    mesh = ProcessMesh if initialised else SampleMesh
+    return mesh(rank // size, world_size // size, rank % size, size)
+
+
+def sample_size(world_size: int, n_samples: int, sample_parallel: int | Literal["auto"] = "auto") -> int:
+    """S for W processes and n_samples + 1 points.
+
+    "auto" takes the divisor of W, at most n_samples + 1, that wastes the least work (a mesh costs ceil((n + 1) / S) S
+    evaluations of a data rank's batch); of equals the largest, since one point a rank overlaps its all-reduce with
+    its backward and keeps per-rank batches large.
+
+    Raises:
+        ValueError: sample_parallel is no divisor of the world size.
+    """
+    if n_samples < 0:
+        raise ValueError(f"n_samples must be >= 0, got {n_samples}")
     divisors = [s for s in range(1, world_size + 1) if world_size % s == 0]
     if sample_parallel == "auto":
         n_points = n_samples + 1
-        size = min((s for s in divisors if s <= n_points), key=lambda s: (-(-n_points // s) * s, -s))
-    elif sample_parallel in divisors:
-        size = sample_parallel
-    else:
+        return min((s for s in divisors if s <= n_points), key=lambda s: (-(-n_points // s) * s, -s))
+    if sample_parallel not in divisors:
         raise ValueError(
             f"world size {world_size} = data x sample, but sample = sample_parallel = {sample_parallel!r} leaves "
             f'data = {world_size} / {sample_parallel!r}, no whole number; use one of {divisors} or "auto"'
         )
-    mesh = ProcessMesh if initialised else SampleMesh
-    return mesh(rank // size, world_size // size, rank % size, size)
+    return sample_parallel
 
 
 class LossExchange:

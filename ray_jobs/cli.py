@@ -1,0 +1,243 @@
+"""The `phisam` command.
+
+    phisam train mnist5k-sgd mnist5k-frob      two runs, one table
+    phisam ui                                  MLflow's pages for them
+
+Modules that take seconds to import (torch, ray, mlflow) are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+DESCRIPTION = "Train with (phi, psi, mu) sharpness-aware optimizers on Ray, tracked in MLflow."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a run failed, 2 a mistake in what was asked for, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        from ray_jobs.errors import ConfigError, RunError
+
+        return int(arguments.command(arguments))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("phisam", "ray_jobs"):
+            raise
+        print(f"phisam: the package {error.name} is missing: pip install 'phisam[service]'", file=sys.stderr)
+        return 2
+    except ConfigError as error:
+        print(f"phisam: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        return 2
+    except RunError as error:
+        if getattr(arguments, "verbose", False):
+            raise
+        print(f"phisam: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("phisam: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phisam",
+        description=DESCRIPTION,
+        epilog="A first run: phisam train mnist5k-sgd mnist5k-frob; then: phisam ui",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_validate(commands)
+    _add_recipes(commands)
+    _add_ui(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "train one run, or several one after the other",
+        """\
+Trains the runs that recipes or YAML files describe, on a Ray of this machine or on a cluster, and ends with one table.
+
+  phisam train mnist5k-frob
+  phisam train mnist5k-sgd mnist5k-frob --num-workers 4
+  phisam train my-run.yaml --set optimizer.rho=0.05 --set training.epochs=5
+  phisam train mnist5k-frob --address 127.0.0.1:6379
+  phisam train --resume 3f2a9c41           goes on from the newest checkpoint, to the same weights, bit for bit
+
+What a step costs: n_samples + 1 gradient evaluations, shared by the workers. What acts: s = lam rho^2.
+Metrics, models and checkpoints lie in $PHISAM_HOME, else ./runs; MLFLOW_TRACKING_URI names another MLflow.""",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RECIPE_OR_FILE", help="`phisam recipes` lists the recipes")
+    _add_set(parser)
+    parser.add_argument("--num-workers", type=_positive, metavar="N", help="workers, in place of scaling.num_workers")
+    parser.add_argument("--address", metavar="ADDR", help="a Ray cluster (host:port, or auto); default: a local Ray")
+    parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run: its id, or its name if that is unique")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "validate",
+        _validate,
+        "check a run description and print it with every setting resolved",
+        """\
+  phisam validate my-run.yaml
+  phisam validate mnist5k-frob --set optimizer.rho=0.05
+  phisam validate --schema > phisam.schema.json      for your editor""",
+    )
+    parser.add_argument("run", nargs="?", metavar="RECIPE_OR_FILE")
+    _add_set(parser)
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of run descriptions")
+
+
+def _add_recipes(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "recipes",
+        _recipes,
+        "list the runs that come with phisam, or print one as YAML",
+        """\
+  phisam recipes
+  phisam recipes mnist5k-frob > my-run.yaml          a file of your own to start from""",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME")
+
+
+def _add_ui(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ui",
+        _ui,
+        "open MLflow's pages over the runs of this folder",
+        """\
+Starts MLflow's server on 127.0.0.1 over $PHISAM_HOME, else ./runs, until Ctrl-C.""",
+    )
+    parser.add_argument("--port", type=_positive, default=5000)
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], summary: str, text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. optimizer.rho=0.05"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return value
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ray_jobs import config
+    from ray_jobs.errors import ConfigError
+
+    if bool(arguments.runs) == bool(arguments.resume):
+        raise ConfigError("train: name a recipe or a file, or an unfinished run with --resume RUN_ID")
+    if arguments.resume and (arguments.set or arguments.num_workers):
+        raise ConfigError("train --resume goes on with the run as it was: --set and --num-workers do not go with it")
+    workers = [f"scaling.num_workers={arguments.num_workers}"] if arguments.num_workers else []
+    configs = [config.load(run, [*arguments.set, *workers]) for run in arguments.runs]  # all, before the first starts
+
+    _set_environment(arguments.address, arguments.verbose)
+    from rich.console import Console
+
+    from ray_jobs import train
+    from ray_jobs.progress import summary_table
+
+    console = Console()
+    most_workers = max((c.scaling.num_workers for c in configs), default=16)
+    with train.connected(arguments.address, most_workers, arguments.verbose):
+        if arguments.resume:
+            summaries = [train.resume(arguments.resume, console, arguments.verbose)]
+        else:
+            summaries = [train.train(c, console, arguments.verbose) for c in configs]
+    wide = console if console.is_terminal else Console(width=240)
+    wide.print(summary_table(summaries))
+    console.print("\nCurves, models and comparison: phisam ui", highlight=False)
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from ray_jobs import config
+    from ray_jobs.errors import ConfigError
+
+    if arguments.schema:
+        print(json.dumps(config.json_schema(), indent=2))
+        return 0
+    if not arguments.run:
+        raise ConfigError("validate: name a recipe or a file, or ask for --schema")
+    resolved = config.load(arguments.run, arguments.set)
+    print(config.dump_yaml(resolved), end="")
+    print(f"# strength s = lam rho^2 = {resolved.optimizer.strength:.4g}")
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from ray_jobs import config
+
+    if arguments.name:
+        print(config.recipe_text(arguments.name), end="")
+        return 0
+    names = config.recipe_names()
+    for name in names:
+        print(f"{name:{max(map(len, names))}}  {config.load(name).description}")
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from ray_jobs.errors import RunError
+    from ray_jobs.paths import runs_folder
+
+    store = runs_folder() / "mlflow.db"
+    if not store.exists():
+        raise RunError(f"{store} does not exist: train a run first, from this folder, or set PHISAM_HOME")
+    address = f"http://127.0.0.1:{arguments.port}"
+    print(f"MLflow over {store.parent} at {address} (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(arguments.port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{store}"]
+    command += ["--default-artifact-root", (store.parent / "artifacts").as_uri()]
+    with contextlib.suppress(KeyboardInterrupt):
+        return subprocess.call(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    return 0
+
+
+def _set_environment(address: str | None, verbose: bool) -> None:
+    """What Ray and MLflow read when they are imported."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train looks for reports every 2 s otherwise
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if address is None:
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every socket of a local Ray on 127.0.0.1
+    if not verbose:
+        settings |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "ALEMBIC_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

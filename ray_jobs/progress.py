@@ -1,0 +1,168 @@
+"""What a person sees while runs train: one live line in a terminal, a plain line an epoch elsewhere, one table at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+Metrics = dict[str, Any]
+
+
+class Board:
+    """Where rank 0 leaves word and the driver reads it. Wrapped in a Ray actor by the driver."""
+
+    def __init__(self) -> None:
+        self._place: Metrics = {}
+        self._epochs: list[Metrics] = []
+
+    def tell(self, **place: Any) -> None:
+        """The place inside an epoch: epoch, step, steps, loss, rate (examples/s)."""
+        self._place = place
+
+    def tell_epoch(self, metrics: Metrics) -> None:
+        """The metrics of a whole epoch."""
+        self._epochs.append(metrics)
+
+    def read(self, epochs_seen: int) -> tuple[Metrics, list[Metrics]]:
+        """The newest place, and the epochs that the reader has not seen."""
+        return self._place, self._epochs[epochs_seen:]
+
+
+class ProgressView:
+    """Draws a run's progress from a thread while the driver waits for `fit`."""
+
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        epochs: int,
+        read: Callable[[int], tuple[Metrics, list[Metrics]]],
+        interval: float = 0.25,
+    ) -> None:
+        self._console, self._name, self._epochs = console, name, epochs
+        self._read, self._interval = read, interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._seen: list[Metrics] = []
+        self._started: tuple[float, float] | None = None  # time and place of the first word: the ETA starts there
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> ProgressView:
+        if self._live:
+            self._live.start()
+            self._live.update(Text(f"{self._name}  starting workers"))
+        else:
+            self._console.print(f"{self._name}: starting workers")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        self._draw()
+        if self._live:
+            self._live.stop()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            place, epochs = self._read(len(self._seen))
+        except Exception:  # the board is gone: its cluster ends, and the driver will say why
+            self._stop.set()
+            return
+        for metrics in epochs:
+            self._seen.append(metrics)
+            if not self._live:
+                self._console.print(f"{self._name}: {epoch_line(metrics, self._epochs)}", highlight=False)
+        if self._live and (place or self._seen):
+            self._live.update(Text(f"{self._name}  {self._live_line(place)}"))
+
+    def _live_line(self, place: Metrics) -> str:
+        newest = self._seen[-1] if self._seen else {}
+        done = float(newest.get("epoch", 0))
+        parts = []
+        if place and place["epoch"] >= done:
+            done = place["epoch"] + place["step"] / place["steps"]
+            parts = [f"epoch {place['epoch'] + 1}/{self._epochs}", f"step {place['step']}/{place['steps']}"]
+            parts += [f"loss {place['loss']:.4f}", f"{place['rate']:,.0f} examples/s"]
+        else:
+            parts = [f"epoch {int(done)}/{self._epochs}", f"loss {newest['train/loss']:.4f}"]
+            parts += [f"{newest['examples_per_second']:,.0f} examples/s"]
+        if newest:
+            parts.insert(-1, f"val acc {newest['validation/accuracy']:.2%}")
+        return "  ".join([*parts, self._eta(done)])
+
+    def _eta(self, done: float) -> str:
+        now = time.monotonic()
+        if self._started is None or done <= self._started[1]:
+            self._started = self._started or (now, done)
+            return ""
+        since, first = self._started
+        return f"ETA {duration((now - since) / (done - first) * (self._epochs - done))}"
+
+
+def epoch_line(metrics: Metrics, epochs: int) -> str:
+    """One epoch in one plain line."""
+    return (
+        f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train/loss']:.4f}  "
+        f"val acc {metrics['validation/accuracy']:.2%}  {metrics['examples_per_second']:,.0f} examples/s"
+    )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05", 65 -> "1:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the table at the end says of a run."""
+
+    name: str
+    run_id: str
+    measure: str
+    n_samples: int
+    history: Sequence[Metrics]
+    seconds: float
+
+
+def summary_table(summaries: Sequence[Summary]) -> Table:
+    """A row for each run: the last epoch's numbers, and the test accuracy of the best epoch by validation."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    headers = ("run", "measure", "rho", "lam", "s = lam rho^2", "n", "epochs", "train loss", "val acc")
+    headers += ("test acc", "test acc (best val)", "R_rho", "evaluations", "time", "run id")
+    for header in headers:
+        table.add_column(header, justify="left" if header in ("run", "measure", "run id") else "right", no_wrap=True)
+    for summary in summaries:
+        last = summary.history[-1]
+        best = max(summary.history, key=lambda m: (m["validation/accuracy"], -m["validation/loss"]))
+        perturbed = summary.n_samples > 0
+        table.add_row(
+            summary.name,
+            summary.measure,
+            *([f"{last['rho']:g}", f"{last['lam']:g}", f"{last['strength']:.2g}"] if perturbed else ["-"] * 3),
+            str(summary.n_samples),
+            f"{last['epoch']}",
+            f"{last['train/loss']:.4f}",
+            f"{last['validation/accuracy']:.2%}",
+            f"{last['test/accuracy']:.2%}",
+            f"{best['test/accuracy']:.2%} @{best['epoch']}",
+            f"{last['sharpness']:.3g}" if perturbed else "-",
+            f"{last['gradient_evaluations']:,}",
+            duration(summary.seconds),
+            summary.run_id[:8],
+        )
+    return table

@@ -1,0 +1,246 @@
+"""MLflow: one run per run, also across restarts; each epoch once. The only module that imports mlflow.
+
+Metrics carry the worker's timestamp, and a checkpoint carries the metrics of all epochs behind it. MLflow's key of a
+measurement is (run, name, timestamp, value, step), so that writing an epoch again writes nothing, and `reconcile` can
+fill in whatever a killed process had not sent.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import queue
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+from torch import Tensor, nn
+
+from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml
+from ray_jobs.errors import RunError
+
+Metrics = dict[str, Any]
+
+
+def tracking_uri(config: TrackingConfig, runs: Path) -> str:
+    """tracking.uri, else MLFLOW_TRACKING_URI, else the embedded store in the runs folder."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+
+
+class Tracker:
+    """One MLflow run.
+
+    Raises:
+        RunError: the tracking server or store cannot be reached.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.run_id = uri, run_id
+        self._client = MlflowClient(uri)
+
+    @classmethod
+    def start(cls, uri: str, runs: Path, config: RunConfig, tags: dict[str, str]) -> Tracker:
+        """A new run with its parameters, tags and resolved description."""
+        client = MlflowClient(uri)
+        try:
+            experiment_id = _experiment(client, config.tracking.experiment, runs if uri.startswith("sqlite:") else None)
+            run = client.create_run(experiment_id, run_name=config.name, tags={**tags, **config.tracking.tags})
+        except MlflowException as error:
+            raise RunError(f"MLflow at {uri} does not take a run: {error.message}") from None
+        tracker = cls(uri, run.info.run_id)
+        parameters = {**config.flat(), **comparable_parameters(config)}
+        client.log_batch(tracker.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        client.log_text(tracker.run_id, dump_yaml(config), "run.yaml")
+        return tracker
+
+    @classmethod
+    def resume(cls, uri: str, run_id: str) -> Tracker:
+        """A run that exists; it is RUNNING again."""
+        tracker = cls(uri, run_id)
+        try:
+            tracker._client.set_terminated(run_id, "RUNNING")
+        except MlflowException as error:
+            raise RunError(f"MLflow at {uri} does not know run {run_id}: {error.message}") from None
+        return tracker
+
+    def log_epoch(self, metrics: Metrics) -> None:
+        """One epoch's metrics, in one transaction."""
+        step, timestamp = int(metrics["epoch"]), int(metrics["timestamp_ms"])
+        self._client.log_batch(
+            self.run_id,
+            metrics=[
+                Metric(name, float(value), timestamp, step) for name, value in metrics.items() if name != "timestamp_ms"
+            ],
+        )
+
+    def logged_epochs(self) -> set[int]:
+        """Epochs that MLflow has."""
+        return {metric.step for metric in self._client.get_metric_history(self.run_id, "epoch")}
+
+    def reconcile(self, history: Sequence[Metrics]) -> None:
+        """Logs the epochs of a checkpoint's history that MLflow lacks."""
+        logged = self.logged_epochs()
+        for metrics in history:
+            if metrics["epoch"] not in logged:
+                self.log_epoch(metrics)
+
+    def log_model(self, name: str, model: nn.Module, example: Tensor, metadata: dict[str, Any]) -> None:
+        """A model with signature and input example, in the pt2 format: no pickle, loadable without this package.
+
+        Its weights lie beside it as `<name>/weights.pt`, for training on: a loaded pt2 model has no train mode.
+        """
+        model.eval()
+        with torch.no_grad():
+            output = model(example)
+        inputs = example.numpy()
+        mlflow.set_tracking_uri(self.uri)
+        with _quiet(), mlflow.start_run(run_id=self.run_id):
+            mlflow.pytorch.log_model(
+                model,
+                name=name,
+                signature=infer_signature(inputs, output.numpy()),
+                input_example=inputs,
+                pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
+                metadata=metadata,
+            )
+            # start_run ends the run on leaving: the driver alone says how it ended.
+        self._client.set_terminated(self.run_id, "RUNNING")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.pt"
+            torch.save(model.state_dict(), path)
+            self._client.log_artifact(self.run_id, str(path), name)
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Adds tags."""
+        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def finish(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+class EpochWriter:
+    """Sends epochs to MLflow from a thread of its own, so that nobody waits for the tracker.
+
+    Lives in Ray Train's controller. What it could not send is filled in by the driver's `reconcile`.
+    """
+
+    def __init__(self, uri: str, run_id: str, logged: set[int]) -> None:
+        self._uri, self._run_id = uri, run_id
+        self._logged = set(logged)
+        self._queue: queue.SimpleQueue[Metrics] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Metrics) -> None:
+        """An epoch; one that was logged before a restart is left out. Returns at once."""
+        if metrics["epoch"] not in self._logged:
+            self._logged.add(metrics["epoch"])
+            self._queue.put(metrics)
+
+    def _run(self) -> None:
+        tracker = Tracker(self._uri, self._run_id)
+        while True:
+            metrics = self._queue.get()
+            try:
+                tracker.log_epoch(metrics)
+            except MlflowException as error:
+                logging.getLogger("phisam").warning(
+                    "MLflow did not take epoch %s (%s); it is sent again when the run ends", metrics["epoch"], error
+                )
+
+
+def find_run(uri: str, experiment: str | None, name_or_id: str) -> Run:
+    """A run by its id, the first eight letters of it, or its name if that is unique.
+
+    Raises:
+        RunError: there is none, or several.
+    """
+    client = MlflowClient(uri)
+    try:
+        experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
+        runs = client.search_runs(experiments, max_results=10_000) if experiments else []
+    except MlflowException as error:
+        raise RunError(f"MLflow at {uri} cannot be read: {error.message}") from None
+    found = [run for run in runs if run.info.run_id.startswith(name_or_id)] if len(name_or_id) >= 8 else []
+    found = found or [run for run in runs if run.info.run_name == name_or_id]
+    if not found:
+        raise RunError(f"no run {name_or_id!r} in MLflow at {uri}; `phisam ui` lists them")
+    if len(found) > 1:
+        ids = ", ".join(run.info.run_id for run in found[:5])
+        raise RunError(f"{len(found)} runs are called {name_or_id!r}; say which by its id: {ids}")
+    return found[0]
+
+
+def comparable_parameters(config: RunConfig) -> dict[str, str | float]:
+    """Short names for what one compares runs by; MLflow's compare page then needs no clicking around."""
+    optimizer = config.optimizer
+    return {
+        "measure": optimizer.measure.name,
+        "rho": optimizer.rho,
+        "lam": optimizer.lam,
+        "strength": optimizer.strength,
+        "n_samples": optimizer.n_samples if optimizer.measure.name != "sgd" else 0,
+        "seed": config.training.seed,
+    }
+
+
+def provenance(fingerprint: str) -> dict[str, str]:
+    """Tags that say what a run was made from and with."""
+    packages = ("phisam", "torch", "ray", "mlflow")
+    versions = {f"version.{name}": importlib.metadata.version(name) for name in packages}
+    return {
+        "data.fingerprint": fingerprint,
+        "version.python": platform.python_version(),
+        **versions,
+        **_git(),
+    }
+
+
+def _git() -> dict[str, str]:
+    """Commit of the current directory's repository and whether it has uncommitted changes; nothing outside one."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _experiment(client: MlflowClient, name: str, runs: Path | None) -> str:
+    """The experiment's id, made if need be; in the embedded store its artifacts go to the runs folder."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = (runs / "artifacts").as_uri() if runs is not None else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+class _quiet:  # noqa: N801  used as a context manager
+    """Keeps MLflow's and torch.export's remarks on model logging out of the way."""
+
+    def __enter__(self) -> None:
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        warnings.simplefilter("ignore")
+        self._disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *exc: object) -> None:
+        logging.disable(self._disabled)
+        self._catch.__exit__(None, None, None)

@@ -1,0 +1,268 @@
+"""The driver: a run description -> Ray Train workers -> an MLflow run with metrics and models.
+
+Everything that can be known to be wrong is said before a worker starts. A run survives: a worker that dies is started
+again from the newest checkpoint by Ray Train; a driver that dies is followed by `phisam train --resume RUN_ID`, which
+gives Ray Train the same name and storage, and MLflow the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from rich.console import Console
+
+import phisam
+from ray_jobs import checkpoint
+from ray_jobs.config import RunConfig, dump_yaml, load
+from ray_jobs.data import Dataset, check_batch_size, load_dataset
+from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.models import make_model
+from ray_jobs.paths import runs_folder
+from ray_jobs.progress import Board, ProgressView, Summary
+from ray_jobs.tracking import EpochWriter, Tracker, find_run, provenance, tracking_uri
+from ray_jobs.worker import make_measure, train_loop
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+MAX_WORKER_FAILURES = 3
+DESCRIPTION = "run.yaml"
+
+
+class EpochCallback(UserCallback):
+    """Runs in Ray Train's controller: hands each epoch to MLflow's writer and to the progress board."""
+
+    def __init__(self, uri: str, run_id: str, logged: set[int], board: Any) -> None:
+        self._settings = (uri, run_id, logged)
+        self._board = board
+        self._writer: EpochWriter | None = None
+
+    def after_report(
+        self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        if self._writer is None:  # here, since a thread does not travel to the controller
+            self._writer = EpochWriter(*self._settings)
+        self._writer.put(metrics[0])
+        self._board.tell_epoch.remote(metrics[0])
+
+
+def train(config: RunConfig, console: Console, verbose: bool = False) -> Summary:
+    """A new run, on the Ray that `connected` started or joined.
+
+    Raises:
+        ConfigError: the description asks for what the data, the model or the cluster cannot give.
+        RunError: the run failed.
+    """
+    dataset = _checked(config)
+    use_gpu = _checked_resources(config)
+    runs = runs_folder()
+    runs.mkdir(parents=True, exist_ok=True)
+    tags = {**provenance(dataset.fingerprint), "device": "cuda" if use_gpu else "cpu"}
+    tracker = Tracker.start(tracking_uri(config.tracking, runs), runs, config, tags)
+    folder = _storage(config) / tracker.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_text(dump_yaml(config), encoding="utf-8")
+    return _fit(config, dataset, tracker, use_gpu, console, verbose)
+
+
+def resume(name_or_id: str, console: Console, verbose: bool = False) -> Summary:
+    """Goes on from the newest checkpoint of a run and ends as the undisturbed run would, bit for bit.
+
+    Raises:
+        RunError: there is no such run, its files are gone, or it is finished.
+    """
+    runs = runs_folder()
+    run = find_run(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}", None, name_or_id)
+    run_id = run.info.run_id
+    description = Path(run.data.tags.get("phisam.folder", str(runs / run_id))) / DESCRIPTION
+    if not description.exists():
+        raise RunError(f"run {run_id}: {description} is missing, so it cannot be resumed from here")
+    config = load(str(description))
+    if run.info.status == "FINISHED":
+        raise RunError(f"run {run_id} ({config.name}) is finished: there is nothing to resume")
+    dataset = _checked(config)
+    tracker = Tracker.resume(tracking_uri(config.tracking, runs), run_id)
+    return _fit(config, dataset, tracker, _checked_resources(config), console, verbose)
+
+
+def _fit(
+    config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, console: Console, verbose: bool
+) -> Summary:
+    """Trains to the end, whatever was done before; leaves MLflow with a true status."""
+    started = time.monotonic()
+    folder = _storage(config) / tracker.run_id
+    tracker.set_tags({"phisam.folder": str(folder)})
+    with _true_status(tracker):
+        tracker.reconcile(_history(folder))
+        board = ray.remote(num_cpus=0)(Board).remote()
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.scaling.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": config.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name=tracker.run_id,
+                storage_path=str(folder.parent),
+                failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=0),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+                callbacks=[EpochCallback(tracker.uri, tracker.run_id, tracker.logged_epochs(), board)],
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.scaling.cpus_per_worker)))}},
+            ),
+        )
+        with ProgressView(console, config.name, config.training.epochs, lambda seen: ray.get(board.read.remote(seen))):
+            result = _run(trainer, verbose)
+        if result.checkpoint is None:
+            raise RunError(f"run {tracker.run_id}: Ray Train ended without a checkpoint")
+        with result.checkpoint.as_directory() as newest:
+            state, history = checkpoint.load(Path(newest)), checkpoint.load_history(Path(newest))
+        tracker.reconcile(history)
+        _log_models(config, dataset, tracker, state)
+    measure = make_measure(config.optimizer)
+    n_samples = measure.n_points(config.optimizer.n_samples)
+    return Summary(config.name, tracker.run_id, measure.name, n_samples, history, time.monotonic() - started)
+
+
+def _run(trainer: TorchTrainer, verbose: bool) -> ray.train.Result:
+    """`fit`, with a worker's own error in place of a traceback through Ray."""
+    try:
+        return trainer.fit()
+    except WorkerGroupError as error:
+        cause = next(iter(error.worker_failures.values()), error)
+        raise _told(cause, verbose) from error
+    except ControllerError as error:
+        raise _told(error.controller_failure, verbose) from error
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        raise _told(error, verbose) from error
+
+
+def _told(error: BaseException, verbose: bool) -> Exception:
+    """The user's mistake as it was raised in a worker, else a failure with the last line of what Ray says."""
+    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
+    if isinstance(inner, (ConfigError, RunError)):
+        return inner
+    if isinstance(inner, ValueError) and verbose is False:
+        return RunError(f"a worker refused: {inner}")
+    last_line = str(inner).strip().splitlines()[-1] if str(inner).strip() else type(inner).__name__
+    return RunError(f"training failed ({type(inner).__name__}): {last_line}; --verbose shows all of it")
+
+
+def _checked(config: RunConfig) -> Dataset:
+    """The data set, loaded (and downloaded) once before workers start; everything that must fit together does."""
+    dataset = load_dataset(config.data, config.training.seed)
+    make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed)
+    points = make_measure(config.optimizer).n_points(config.optimizer.n_samples)
+    workers = config.scaling.num_workers
+    try:
+        sample_size = phisam.sample_size(workers, points, config.optimizer.sample_parallel)
+    except ValueError as error:
+        raise ConfigError(
+            f"scaling.num_workers = {workers} and optimizer.sample_parallel do not fit: {error}"
+        ) from None
+    check_batch_size(config.training.batch_size, len(dataset.train), workers // sample_size)
+    return dataset
+
+
+def _checked_resources(config: RunConfig) -> bool:
+    """Whether workers use GPUs.
+
+    Raises:
+        ConfigError: the cluster cannot hold the workers; Ray would wait for ever.
+    """
+    have = ray.cluster_resources()
+    workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
+    use_gpu = gpus >= workers if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
+    if use_gpu and gpus < workers:
+        raise ConfigError(
+            f"scaling.num_workers = {workers} with scaling.use_gpu = true needs {workers} GPUs, but the cluster has "
+            f"{gpus:g}; lower num_workers, or set use_gpu: auto"
+        )
+    if cpus < workers * config.scaling.cpus_per_worker:
+        raise ConfigError(
+            f"scaling.num_workers = {workers} with cpus_per_worker = {config.scaling.cpus_per_worker:g} needs "
+            f"{workers * config.scaling.cpus_per_worker:g} CPUs, but the cluster has {cpus:g}; lower one of them"
+        )
+    return bool(use_gpu)
+
+
+def _log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: dict[str, Any]) -> None:
+    """The last model, and the best by validation, as MLflow models on the CPU."""
+    dtype = torch.float64 if config.training.precision == "float64" else torch.float32
+    example = dataset.normalizer(dtype)(dataset.validation.images[:2])
+    best = state["best"]
+    for name, weights, epoch in (("last", state["model"], state["epoch"]), ("best", best["model"], best["epoch"])):
+        model = make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed).to(dtype)
+        checkpoint.load_model(model, weights, f"run {tracker.run_id}")
+        metadata = {"epoch": epoch, "mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
+        tracker.log_model(name, model, example, metadata)
+
+
+def _history(folder: Path) -> list[checkpoint.Metrics]:
+    """Metrics of the epochs behind the newest checkpoint that Ray Train registered; none for a fresh run."""
+    try:
+        newest = ray.train.Result.from_path(str(folder)).checkpoint
+    except (RuntimeError, FileNotFoundError, OSError):
+        return []
+    if newest is None:
+        return []
+    with newest.as_directory() as directory:
+        return checkpoint.load_history(Path(directory))
+
+
+def _storage(config: RunConfig) -> Path:
+    return config.checkpoint.storage or runs_folder()
+
+
+@contextlib.contextmanager
+def _true_status(tracker: Tracker) -> Iterator[None]:
+    """FINISHED at the end, KILLED on Ctrl-C and SIGTERM, FAILED on any error."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        raise
+    else:
+        tracker.finish("FINISHED")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[None]:
+    """Ray for the runs inside: a cluster at an address, else a local one that listens on 127.0.0.1 alone.
+
+    Raises:
+        RunError: there is no cluster at the address.
+    """
+    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
+            cpus = max(os.cpu_count() or 1, num_workers)  # workers on one machine may share a core
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(f"no Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
