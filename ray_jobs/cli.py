@@ -174,8 +174,7 @@ def _train(arguments: argparse.Namespace) -> int:
             summaries = [train.resume(arguments.resume, console, arguments.verbose)]
         else:
             summaries = [train.train(c, console, arguments.verbose) for c in configs]
-    wide = console if console.is_terminal else Console(width=240)
-    wide.print(summary_table(summaries))
+    console.print(summary_table(summaries))
     console.print("\nCurves, models and comparison: phisam ui", highlight=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""What a person sees while runs train: one live line in a terminal, a plain line an epoch elsewhere, one table at the end."""
+"""What a person sees: one live line in a terminal, a plain line an epoch elsewhere, one table at the end."""
 
 from __future__ import annotations
 
@@ -140,29 +140,53 @@ class Summary:
 
 
 def summary_table(summaries: Sequence[Summary]) -> Table:
-    """A row for each run: the last epoch's numbers, and the test accuracy of the best epoch by validation."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    headers = ("run", "measure", "rho", "lam", "s = lam rho^2", "n", "epochs", "train loss", "val acc")
-    headers += ("test acc", "test acc (best val)", "R_rho", "evaluations", "time", "run id")
-    for header in headers:
-        table.add_column(header, justify="left" if header in ("run", "measure", "run id") else "right", no_wrap=True)
-    for summary in summaries:
-        last = summary.history[-1]
-        best = max(summary.history, key=lambda m: (m["validation/accuracy"], -m["validation/loss"]))
-        perturbed = summary.n_samples > 0
-        table.add_row(
-            summary.name,
-            summary.measure,
-            *([f"{last['rho']:g}", f"{last['lam']:g}", f"{last['strength']:.2g}"] if perturbed else ["-"] * 3),
-            str(summary.n_samples),
-            f"{last['epoch']}",
-            f"{last['train/loss']:.4f}",
-            f"{last['validation/accuracy']:.2%}",
-            f"{last['test/accuracy']:.2%}",
-            f"{best['test/accuracy']:.2%} @{best['epoch']}",
-            f"{last['sharpness']:.3g}" if perturbed else "-",
-            f"{last['gradient_evaluations']:,}",
-            duration(summary.seconds),
-            summary.run_id[:8],
-        )
+    """A column for each run: its settings, the last epoch's numbers, and the epoch that validation would choose."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    for _ in summaries:
+        table.add_column(justify="right", overflow="fold")
+    for label, *cells in zip(_LABELS, *map(_cells, summaries), strict=True):
+        table.add_row(label, *cells)
     return table
+
+
+_LABELS = (
+    "run",
+    "measure",
+    "rho",
+    "lam",
+    "strength s = lam rho^2",
+    "n_samples",
+    "epochs",
+    "gradient evaluations",
+    "train loss",
+    "R_rho",
+    "validation accuracy",
+    "test accuracy",
+    "  at the best validation",
+    "time",
+    "run id",
+)
+
+
+def _cells(summary: Summary) -> list[str]:
+    last = summary.history[-1]
+    best = max(summary.history, key=lambda m: (m["validation/accuracy"], -m["validation/loss"]))
+    perturbed = summary.n_samples > 0
+    return [
+        summary.name,
+        summary.measure,
+        f"{last['rho']:g}" if perturbed else "-",
+        f"{last['lam']:g}" if perturbed else "-",
+        f"{last['strength']:.3g}" if perturbed else "-",
+        str(summary.n_samples),
+        str(last["epoch"]),
+        f"{last['gradient_evaluations']:,}",
+        f"{last['train/loss']:.4f}",
+        f"{last['sharpness']:.3g}" if perturbed else "-",
+        f"{last['validation/accuracy']:.2%}",
+        f"{last['test/accuracy']:.2%}",
+        f"{best['test/accuracy']:.2%} (epoch {best['epoch']})",
+        duration(summary.seconds),
+        summary.run_id[:8],
+    ]

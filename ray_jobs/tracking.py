@@ -11,10 +11,8 @@ import importlib.metadata
 import logging
 import os
 import platform
-import queue
 import subprocess
 import tempfile
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +68,7 @@ class Tracker:
         """A run that exists; it is RUNNING again."""
         tracker = cls(uri, run_id)
         try:
-            tracker._client.set_terminated(run_id, "RUNNING")
+            tracker._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             raise RunError(f"MLflow at {uri} does not know run {run_id}: {error.message}") from None
         return tracker
@@ -106,17 +104,19 @@ class Tracker:
             output = model(example)
         inputs = example.numpy()
         mlflow.set_tracking_uri(self.uri)
-        with _quiet(), mlflow.start_run(run_id=self.run_id):
-            mlflow.pytorch.log_model(
-                model,
-                name=name,
-                signature=infer_signature(inputs, output.numpy()),
-                input_example=inputs,
-                pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
-                metadata=metadata,
-            )
-            # start_run ends the run on leaving: the driver alone says how it ended.
-        self._client.set_terminated(self.run_id, "RUNNING")
+        mlflow.start_run(run_id=self.run_id)
+        try:
+            with _quiet():
+                mlflow.pytorch.log_model(
+                    model,
+                    name=name,
+                    signature=infer_signature(inputs, output.numpy()),
+                    input_example=inputs,
+                    pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
+                    metadata=metadata,
+                )
+        finally:
+            mlflow.end_run("RUNNING")  # how the run ends is for the driver to say
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "weights.pt"
             torch.save(model.state_dict(), path)
@@ -129,37 +129,6 @@ class Tracker:
     def finish(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
-
-
-class EpochWriter:
-    """Sends epochs to MLflow from a thread of its own, so that nobody waits for the tracker.
-
-    Lives in Ray Train's controller. What it could not send is filled in by the driver's `reconcile`.
-    """
-
-    def __init__(self, uri: str, run_id: str, logged: set[int]) -> None:
-        self._uri, self._run_id = uri, run_id
-        self._logged = set(logged)
-        self._queue: queue.SimpleQueue[Metrics] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def put(self, metrics: Metrics) -> None:
-        """An epoch; one that was logged before a restart is left out. Returns at once."""
-        if metrics["epoch"] not in self._logged:
-            self._logged.add(metrics["epoch"])
-            self._queue.put(metrics)
-
-    def _run(self) -> None:
-        tracker = Tracker(self._uri, self._run_id)
-        while True:
-            metrics = self._queue.get()
-            try:
-                tracker.log_epoch(metrics)
-            except MlflowException as error:
-                logging.getLogger("phisam").warning(
-                    "MLflow did not take epoch %s (%s); it is sent again when the run ends", metrics["epoch"], error
-                )
 
 
 def find_run(uri: str, experiment: str | None, name_or_id: str) -> Run:

@@ -13,49 +13,31 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from rich.console import Console
 
 import phisam
 from ray_jobs import checkpoint
+from ray_jobs.callback import EpochCallback
 from ray_jobs.config import RunConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
 from ray_jobs.errors import ConfigError, RunError
 from ray_jobs.models import make_model
 from ray_jobs.paths import runs_folder
-from ray_jobs.progress import Board, ProgressView, Summary
-from ray_jobs.tracking import EpochWriter, Tracker, find_run, provenance, tracking_uri
+from ray_jobs.progress import Board, Metrics, ProgressView, Summary
+from ray_jobs.tracking import Tracker, find_run, provenance, tracking_uri
 from ray_jobs.worker import make_measure, train_loop
-
-if TYPE_CHECKING:
-    from ray.train.v2._internal.execution.context import TrainRunContext
 
 MAX_WORKER_FAILURES = 3
 DESCRIPTION = "run.yaml"
-
-
-class EpochCallback(UserCallback):
-    """Runs in Ray Train's controller: hands each epoch to MLflow's writer and to the progress board."""
-
-    def __init__(self, uri: str, run_id: str, logged: set[int], board: Any) -> None:
-        self._settings = (uri, run_id, logged)
-        self._board = board
-        self._writer: EpochWriter | None = None
-
-    def after_report(
-        self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
-    ) -> None:
-        if self._writer is None:  # here, since a thread does not travel to the controller
-            self._writer = EpochWriter(*self._settings)
-        self._writer.put(metrics[0])
-        self._board.tell_epoch.remote(metrics[0])
 
 
 def train(config: RunConfig, console: Console, verbose: bool = False) -> Summary:
@@ -106,25 +88,29 @@ def _fit(
     tracker.set_tags({"phisam.folder": str(folder)})
     with _true_status(tracker):
         tracker.reconcile(_history(folder))
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump(mode="json"), "board": board},
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=config.scaling.num_workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": config.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
             ),
-            run_config=ray.train.RunConfig(
+            run_config=RayRunConfig(
                 name=tracker.run_id,
                 storage_path=str(folder.parent),
-                failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=0),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+                failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=0),
+                checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
                 callbacks=[EpochCallback(tracker.uri, tracker.run_id, tracker.logged_epochs(), board)],
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.scaling.cpus_per_worker)))}},
             ),
         )
-        with ProgressView(console, config.name, config.training.epochs, lambda seen: ray.get(board.read.remote(seen))):
+
+        def read(epochs_seen: int) -> tuple[Metrics, list[Metrics]]:
+            word: tuple[Metrics, list[Metrics]] = ray.get(board.read.remote(epochs_seen), timeout=10)
+            return word
+
+        with ProgressView(console, config.name, config.training.epochs, read):
             result = _run(trainer, verbose)
         if result.checkpoint is None:
             raise RunError(f"run {tracker.run_id}: Ray Train ended without a checkpoint")
@@ -183,7 +169,7 @@ def _checked_resources(config: RunConfig) -> bool:
     Raises:
         ConfigError: the cluster cannot hold the workers; Ray would wait for ever.
     """
-    have = ray.cluster_resources()
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
     use_gpu = gpus >= workers if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
     if use_gpu and gpus < workers:

@@ -32,7 +32,7 @@ PROGRESS_SECONDS = 0.5
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Trains one run. settings: "config" (RunConfig as JSON values), "board" (a handle that takes progress, or None)."""
+    """Trains one run. settings: "config" (a RunConfig as JSON values), "board" (a handle that takes progress)."""
     config = from_dict(settings["config"])
     training, seed = config.training, config.training.seed
     device = ray.train.torch.get_device()
@@ -45,7 +45,7 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     model = make_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(device, dtype)
     if training.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     measure = make_measure(config.optimizer)
@@ -64,7 +64,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     )
 
     history, best, first_epoch = _resume(model, optimizer)
-    progress = Progress(settings.get("board"), config, batches.steps_per_epoch)
+    progress = Progress(settings["board"], config, batches.steps_per_epoch)
     autocast = _autocast(config, device)
 
     for epoch in range(first_epoch, training.epochs):
@@ -187,7 +187,7 @@ class Board(Protocol):
 class Progress:
     """Rank 0's word on where it is, at most every PROGRESS_SECONDS: only then is the device read."""
 
-    def __init__(self, board: Board | None, config: RunConfig, steps_per_epoch: int) -> None:
+    def __init__(self, board: Board, config: RunConfig, steps_per_epoch: int) -> None:
         self._board = board if dist.get_rank() == 0 else None
         self._batch_size, self._steps_per_epoch = config.training.batch_size, steps_per_epoch
         self._steps = 0

@@ -1,0 +1,65 @@
+"""What Ray Train's controller does with a report. Imports neither torch nor mlflow: workers are starting beside it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ray.train.v2.api.callback import UserCallback
+
+from ray_jobs.errors import RunError
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+Metrics = dict[str, Any]
+
+
+class EpochCallback(UserCallback):
+    """Hands each epoch to MLflow's writer and to the progress board, and waits for neither."""
+
+    def __init__(self, uri: str, run_id: str, logged: set[int], board: Any) -> None:
+        self._settings = (uri, run_id, logged)
+        self._board = board
+        self._writer: EpochWriter | None = None
+
+    def after_report(self, run_context: TrainRunContext, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
+        """metrics[0] is rank 0's; the checkpoint lies in storage already."""
+        self._board.tell_epoch.remote(metrics[0])
+        if self._writer is None:  # here, since a thread does not travel to the controller
+            self._writer = EpochWriter(*self._settings)
+        self._writer.put(metrics[0])
+
+
+class EpochWriter:
+    """Sends epochs to MLflow from a thread. What it could not send, the driver fills in from the checkpoint.
+
+    Args:
+        logged: epochs that MLflow has from before a restart; they are not sent again.
+    """
+
+    def __init__(self, uri: str, run_id: str, logged: set[int]) -> None:
+        self._uri, self._run_id = uri, run_id
+        self._logged = set(logged)
+        self._queue: queue.SimpleQueue[Metrics] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Metrics) -> None:
+        """An epoch. Returns at once."""
+        if metrics["epoch"] not in self._logged:
+            self._logged.add(metrics["epoch"])
+            self._queue.put(metrics)
+
+    def _send(self) -> None:
+        from ray_jobs.tracking import Tracker  # mlflow takes seconds to import: not on the controller's time
+
+        tracker = Tracker(self._uri, self._run_id)
+        while True:
+            try:
+                tracker.log_epoch(self._queue.get())
+            except RunError as error:
+                logging.getLogger("phisam").warning("%s; it is sent again when the run ends", error)
