@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from ray_jobs.errors import RunError
+from ray_jobs.errors import RunError, first_line
 
 STATE, HISTORY = "state.pt", "history.json"
 
@@ -41,7 +41,7 @@ def load(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path}: the checkpoint cannot be read ({str(error).splitlines()[0]})") from None
+        raise RunError(f"{path}: the checkpoint cannot be read ({first_line(error)})") from None
     return state
 
 

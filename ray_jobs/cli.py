@@ -171,9 +171,9 @@ def _train(arguments: argparse.Namespace) -> int:
     most_workers = max((c.scaling.num_workers for c in configs), default=16)
     with train.connected(arguments.address, most_workers, arguments.verbose):
         if arguments.resume:
-            summaries = [train.resume(arguments.resume, console, arguments.verbose)]
+            summaries = [train.resume(arguments.resume, console)]
         else:
-            summaries = [train.train(c, console, arguments.verbose) for c in configs]
+            summaries = [train.train(c, console) for c in configs]
     console.print(summary_table(summaries))
     console.print("\nCurves, models and comparison: phisam ui", highlight=False)
     return 0

@@ -7,3 +7,8 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot start, go on, or be found. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -74,14 +74,18 @@ class Tracker:
         return tracker
 
     def log_epoch(self, metrics: Metrics) -> None:
-        """One epoch's metrics, in one transaction."""
+        """One epoch's metrics, in one transaction.
+
+        Raises:
+            RunError: MLflow did not take them.
+        """
         step, timestamp = int(metrics["epoch"]), int(metrics["timestamp_ms"])
-        self._client.log_batch(
-            self.run_id,
-            metrics=[
-                Metric(name, float(value), timestamp, step) for name, value in metrics.items() if name != "timestamp_ms"
-            ],
-        )
+        values = {name: float(value) for name, value in metrics.items() if name != "timestamp_ms"}
+        batch = [Metric(name, value, timestamp, step) for name, value in values.items()]
+        try:
+            self._client.log_batch(self.run_id, metrics=batch)
+        except MlflowException as error:
+            raise RunError(f"MLflow at {self.uri} did not take epoch {step}: {error.message}") from None
 
     def logged_epochs(self) -> set[int]:
         """Epochs that MLflow has."""

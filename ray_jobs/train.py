@@ -29,18 +29,18 @@ from ray_jobs import checkpoint
 from ray_jobs.callback import EpochCallback
 from ray_jobs.config import RunConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
-from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.errors import ConfigError, RunError, first_line
 from ray_jobs.models import make_model
 from ray_jobs.paths import runs_folder
 from ray_jobs.progress import Board, Metrics, ProgressView, Summary
 from ray_jobs.tracking import Tracker, find_run, provenance, tracking_uri
 from ray_jobs.worker import make_measure, train_loop
 
-MAX_WORKER_FAILURES = 3
+MAX_FAILURES = 3  # a worker that dies while it starts counts as the controller's failure
 DESCRIPTION = "run.yaml"
 
 
-def train(config: RunConfig, console: Console, verbose: bool = False) -> Summary:
+def train(config: RunConfig, console: Console) -> Summary:
     """A new run, on the Ray that `connected` started or joined.
 
     Raises:
@@ -56,10 +56,10 @@ def train(config: RunConfig, console: Console, verbose: bool = False) -> Summary
     folder = _storage(config) / tracker.run_id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(dump_yaml(config), encoding="utf-8")
-    return _fit(config, dataset, tracker, use_gpu, console, verbose)
+    return _fit(config, dataset, tracker, use_gpu, console)
 
 
-def resume(name_or_id: str, console: Console, verbose: bool = False) -> Summary:
+def resume(name_or_id: str, console: Console) -> Summary:
     """Goes on from the newest checkpoint of a run and ends as the undisturbed run would, bit for bit.
 
     Raises:
@@ -76,12 +76,10 @@ def resume(name_or_id: str, console: Console, verbose: bool = False) -> Summary:
         raise RunError(f"run {run_id} ({config.name}) is finished: there is nothing to resume")
     dataset = _checked(config)
     tracker = Tracker.resume(tracking_uri(config.tracking, runs), run_id)
-    return _fit(config, dataset, tracker, _checked_resources(config), console, verbose)
+    return _fit(config, dataset, tracker, _checked_resources(config), console)
 
 
-def _fit(
-    config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, console: Console, verbose: bool
-) -> Summary:
+def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, console: Console) -> Summary:
     """Trains to the end, whatever was done before; leaves MLflow with a true status."""
     started = time.monotonic()
     folder = _storage(config) / tracker.run_id
@@ -100,7 +98,7 @@ def _fit(
             run_config=RayRunConfig(
                 name=tracker.run_id,
                 storage_path=str(folder.parent),
-                failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
                 checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
                 callbacks=[EpochCallback(tracker.uri, tracker.run_id, tracker.logged_epochs(), board)],
             ),
@@ -111,7 +109,7 @@ def _fit(
             return word
 
         with ProgressView(console, config.name, config.training.epochs, read):
-            result = _run(trainer, verbose)
+            result = _run(trainer)
         if result.checkpoint is None:
             raise RunError(f"run {tracker.run_id}: Ray Train ended without a checkpoint")
         with result.checkpoint.as_directory() as newest:
@@ -123,28 +121,23 @@ def _fit(
     return Summary(config.name, tracker.run_id, measure.name, n_samples, history, time.monotonic() - started)
 
 
-def _run(trainer: TorchTrainer, verbose: bool) -> ray.train.Result:
+def _run(trainer: TorchTrainer) -> ray.train.Result:
     """`fit`, with a worker's own error in place of a traceback through Ray."""
     try:
         return trainer.fit()
     except WorkerGroupError as error:
-        cause = next(iter(error.worker_failures.values()), error)
-        raise _told(cause, verbose) from error
+        raise _told(next(iter(error.worker_failures.values()), error)) from error
     except ControllerError as error:
-        raise _told(error.controller_failure, verbose) from error
+        raise _told(error.controller_failure) from error
     except (TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _told(error, verbose) from error
+        raise _told(error) from error
 
 
-def _told(error: BaseException, verbose: bool) -> Exception:
-    """The user's mistake as it was raised in a worker, else a failure with the last line of what Ray says."""
-    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
-    if isinstance(inner, (ConfigError, RunError)):
-        return inner
-    if isinstance(inner, ValueError) and verbose is False:
-        return RunError(f"a worker refused: {inner}")
-    last_line = str(inner).strip().splitlines()[-1] if str(inner).strip() else type(inner).__name__
-    return RunError(f"training failed ({type(inner).__name__}): {last_line}; --verbose shows all of it")
+def _told(error: BaseException) -> Exception:
+    """The user's mistake as it was raised in a worker, else a failure in one line."""
+    if isinstance(error, ConfigError | RunError):
+        return error
+    return RunError(f"training failed ({type(error).__name__}): {first_line(error)}; --verbose shows all of it")
 
 
 def _checked(config: RunConfig) -> Dataset:
@@ -247,7 +240,7 @@ def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[
             cpus = max(os.cpu_count() or 1, num_workers)  # workers on one machine may share a core
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(f"no Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+        raise RunError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from None
     try:
         yield
     finally:

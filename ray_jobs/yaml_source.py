@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ray_jobs.errors import ConfigError
+from ray_jobs.errors import ConfigError, first_line
 
 Path = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -79,7 +79,7 @@ def read_yaml(text: str | bytes, origin: str) -> Source:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{origin}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{origin}: a run description is a mapping of sections, got {value!r}")
     return Source(value, origin, places)
@@ -97,6 +97,8 @@ class _Reader:
         self._nodes += 1
         if len(path) > MAX_DEPTH or self._nodes > MAX_NODES:
             raise ConfigError(f"{where}: more than {MAX_DEPTH} levels or {MAX_NODES} entries")
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+            raise ConfigError(f"{where}: not valid YAML here: the tag {node.tag!r}")
         self._places.setdefault(path, where)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)

@@ -1,0 +1,76 @@
+"""What a person sees, in a terminal and without one."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ray_jobs.progress import Board, ProgressView, Summary, duration, summary_table
+
+
+def metrics(epoch: int, accuracy: float = 0.5) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "train/loss": 1.0 / epoch,
+        "validation/accuracy": accuracy,
+        "validation/loss": 1.0,
+        "test/accuracy": accuracy - 0.01,
+        "examples_per_second": 1234.0,
+        "rho": 0.03,
+        "lam": 1e-3,
+        "strength": 9e-7,
+        "sharpness": 3.1,
+        "gradient_evaluations": 4 * epoch,
+    }
+
+
+def test_plain_lines_once_for_each_epoch() -> None:
+    board = Board()
+    output = io.StringIO()
+    with ProgressView(Console(file=output, width=100), "run", 2, board.read, interval=0.01):
+        board.tell_epoch(metrics(1))
+        board.tell_epoch(metrics(2))
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "run: starting workers"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["run: epoch 1/2", "run: epoch 2/2"]
+    assert lines[2] == "run: epoch 2/2  loss 0.5000  val acc 50.00%  1,234 examples/s"
+
+
+def test_the_live_line_says_place_loss_accuracy_rate_and_eta() -> None:
+    view = ProgressView(Console(file=io.StringIO(), force_terminal=True), "run", 10, Board().read)
+    first = view._live_line({"epoch": 0, "step": 1, "steps": 4, "loss": 2.0, "rate": 1000.0})
+    assert first.startswith("epoch 1/10  step 1/4  loss 2.0000  1,000 examples/s")
+    view._seen.append(metrics(1))
+    later = view._live_line({"epoch": 1, "step": 3, "steps": 4, "loss": 0.4, "rate": 1000.0})
+    assert later.startswith("epoch 2/10  step 3/4  loss 0.4000  val acc 50.00%  1,000 examples/s  ETA ")
+
+
+def test_a_board_that_is_gone_ends_the_drawing_and_not_the_driver() -> None:
+    def gone(_: int) -> Any:
+        raise ConnectionError
+
+    with ProgressView(Console(file=io.StringIO()), "run", 2, gone, interval=0.01):
+        pass
+
+
+def test_the_table_fits_80_columns_and_shows_strength_beside_rho_and_lam() -> None:
+    output = io.StringIO()
+    history = [metrics(1, 0.7), metrics(2, 0.6)]
+    summaries = [
+        Summary("mnist5k-sgd", "a" * 32, "sgd", 0, history, 61),
+        Summary("mnist5k-frob", "b" * 32, "frobenius", 3, history, 3725),
+    ]
+    Console(file=output, width=80).print(summary_table(summaries))
+    rows = {line[:26].strip(): line[26:].split() for line in output.getvalue().splitlines()}
+    assert rows["run"] == ["mnist5k-sgd", "mnist5k-frob"]
+    assert rows["strength s = lam rho^2"] == ["-", "9e-07"]
+    assert rows["at the best validation"] == ["69.00%", "(epoch", "1)"] * 2
+    assert rows["time"] == ["1:01", "1:02:05"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,174 @@
+"""One MLflow run per run, each epoch once, models that load where this project is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from torch import nn
+
+from ray_jobs import config
+from ray_jobs.callback import EpochWriter
+from ray_jobs.errors import RunError
+from ray_jobs.tracking import Tracker, find_run, provenance, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def tracker(runs: Path) -> Tracker:
+    return start(runs)
+
+
+def start(runs: Path, name: str = "digits-frob") -> Tracker:
+    return Tracker.start(f"sqlite:///{runs / 'mlflow.db'}", runs, config.load(name), provenance("f" * 64))
+
+
+def metrics(epoch: int, **more: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "train/loss": 1.0 / epoch, "timestamp_ms": 1_700_000_000_000 + epoch, **more}
+
+
+def epochs_in(tracker: Tracker, name: str = "train/loss") -> list[int]:
+    return [metric.step for metric in MlflowClient(tracker.uri).get_metric_history(tracker.run_id, name)]
+
+
+def test_a_run_has_parameters_tags_and_its_description(tracker: Tracker, tmp_path: Path) -> None:
+    client = MlflowClient(tracker.uri)
+    data = client.get_run(tracker.run_id).data
+    assert data.params["optimizer.measure.name"] == data.params["measure"] == "frobenius"
+    assert float(data.params["rho"]) == 0.03
+    assert float(data.params["strength"]) == pytest.approx(9e-7)
+    assert data.params["n_samples"] == "3"
+    assert data.tags["data.fingerprint"] == "f" * 64
+    assert data.tags["version.torch"] == torch.__version__.split("+")[0]
+    path = client.download_artifacts(tracker.run_id, "run.yaml", str(tmp_path))
+    assert config.load(path) == config.load("digits-frob")
+
+
+def test_an_epoch_that_is_logged_again_is_there_once(tracker: Tracker) -> None:
+    tracker.log_epoch(metrics(1))
+    tracker.log_epoch(metrics(1))
+    assert epochs_in(tracker) == [1]
+
+
+def test_reconcile_fills_in_what_is_missing_and_repeats_nothing(tracker: Tracker) -> None:
+    tracker.log_epoch(metrics(2, extra=5.0))
+    rerun = {**metrics(2, extra=6.0), "timestamp_ms": 1}  # the same epoch, trained again after a restart
+    tracker.reconcile([metrics(1), rerun, metrics(3)])
+    assert sorted(epochs_in(tracker)) == [1, 2, 3]
+    assert tracker.logged_epochs() == {1, 2, 3}
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "extra")
+    assert [metric.value for metric in history] == [5.0]
+
+
+def test_the_writer_returns_at_once_and_leaves_out_what_is_logged(tracker: Tracker) -> None:
+    writer = EpochWriter(tracker.uri, tracker.run_id, logged={1})
+    for epoch in (1, 2, 2, 3):
+        writer.put(metrics(epoch))
+    deadline = time.monotonic() + 30
+    while len(epochs_in(tracker)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(epochs_in(tracker)) == [2, 3]
+
+
+def test_a_tracker_that_refuses_is_not_the_trainings_problem(
+    tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = EpochWriter(tracker.uri, "0" * 32, logged=set())
+    writer.put(metrics(1))  # neither raises nor waits
+    deadline = time.monotonic() + 30
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "did not take epoch 1: Run with id=0000" in caplog.text
+    assert writer._thread.is_alive()
+
+
+def test_not_a_number_is_logged_as_such(tracker: Tracker) -> None:
+    tracker.log_epoch(metrics(1, sharpness=float("nan"), lr=float("inf")))
+    assert tracker.logged_epochs() == {1}
+
+
+def test_status_is_what_the_driver_says(tracker: Tracker) -> None:
+    client = MlflowClient(tracker.uri)
+    tracker.finish("KILLED")
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
+    assert Tracker.resume(tracker.uri, tracker.run_id).run_id == tracker.run_id
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+
+def test_runs_are_found_by_id_short_id_and_unique_name(runs: Path, tracker: Tracker) -> None:
+    only = start(runs, "digits-sgd")
+    for word in (only.run_id, only.run_id[:8], "digits-sgd"):
+        assert find_run(only.uri, None, word).info.run_id == only.run_id
+    start(runs)
+    with pytest.raises(RunError, match=r"runs are called 'digits-frob'; say which by its id"):
+        find_run(only.uri, None, "digits-frob")
+    with pytest.raises(RunError, match=r"no run 'mnist' in MLflow"):
+        find_run(only.uri, None, "mnist")
+
+
+def test_a_run_that_mlflow_does_not_know(tracker: Tracker) -> None:
+    with pytest.raises(RunError, match="does not know run 0000"):
+        Tracker.resume(tracker.uri, "0" * 32)
+
+
+def test_where_mlflow_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(config.TrackingConfig(), Path("/runs")) == "sqlite:////runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking_uri(config.TrackingConfig(), Path("/runs")) == "http://127.0.0.1:1"
+    assert tracking_uri(config.TrackingConfig(uri="http://127.0.0.1:2"), Path("/runs")) == "http://127.0.0.1:2"
+
+
+LOAD = """
+import sys
+for name in ("phisam", "ray_jobs"):
+    sys.modules[name] = None
+import mlflow, torch
+model = mlflow.pytorch.load_model(sys.argv[1])
+weights = torch.load(sys.argv[2], weights_only=True)
+expected = torch.load(sys.argv[3], weights_only=True)
+for batch in (1, 2, 7):
+    assert torch.allclose(model(expected["x"][:batch]), expected["y"][:batch], atol=1e-6), batch
+assert set(weights) == set(expected["state"])
+"""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 3)),
+    ],
+    ids=["mlp", "batch_norm"],
+)
+def test_models_load_in_a_process_without_this_project(tracker: Tracker, model: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(7, 1, 4, 4)
+    model(x)  # BatchNorm's statistics are not the initial ones
+    tracker.log_model("best", model, x[:2], {"epoch": 3})
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "RUNNING"
+    client = MlflowClient(tracker.uri)
+    run = client.get_run(tracker.run_id)
+    (logged,) = run.outputs.model_outputs
+    saved = client.get_logged_model(logged.model_id)
+    assert saved.name == "best"
+    weights = client.download_artifacts(tracker.run_id, "best/weights.pt", str(tmp_path))
+    torch.save({"x": x, "y": model.eval()(x).detach(), "state": list(model.state_dict())}, tmp_path / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, saved.artifact_location, weights, str(tmp_path / "expected.pt")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = Path(saved.artifact_location.removeprefix("file://"))
+    assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pth")]
