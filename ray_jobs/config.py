@@ -3,46 +3,24 @@
     config = load("mnist5k-frob", ["optimizer.rho=0.05", "training.epochs=3"])
 
 Unknown keys are refused. Relative paths (data.root, checkpoint.storage) are taken from the current directory and made
-absolute, since workers run elsewhere. `yaml_source.py` turns what pydantic finds into errors with file and line.
+absolute, since workers run elsewhere. `yaml_source.py` reads, `explain.py` turns what pydantic finds into errors with
+file and line.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ray_jobs.errors import ConfigError
-from ray_jobs.yaml_source import Source, nearest, read_override, read_yaml, validated
-
-
-def _absolute(path: Any) -> Any:
-    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) else path
-
-
-def _by_name(value: Any) -> Any:
-    """`measure: trace` is short for `measure: {name: trace}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys are refused; no number is made from a string."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+from ray_jobs.explain import nearest, validated
+from ray_jobs.section import AbsolutePath, ByName, Count, Finite, Fraction, NonNegative, Positive, Section
+from ray_jobs.yaml_source import MAX_BYTES, Source, read_override, read_yaml, write_yaml
 
 # data and model
 
@@ -59,36 +37,35 @@ class DataConfig(Section):
     augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: padding 4, random crop, mirror")
     image_size: Count | None = Field(None, description="imagefolder: height and width that images are resized to")
 
-    @model_validator(mode="after")
-    def _image_size_belongs_to_folders(self) -> DataConfig:
-        if (self.name == "imagefolder") != (self.image_size is not None):
-            raise ValueError(
-                "imagefolder needs image_size, for example 64"
-                if self.name == "imagefolder"
-                else f"image_size is for imagefolder alone; the images of {self.name} have their own size"
-            )
-        return self
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        folders = self.name == "imagefolder"
+        if self.download and folders:
+            yield "download", "must be false: imagefolder is read from your own folder, data.root"
+        if self.image_size is None and folders:
+            yield "image_size", "missing; imagefolder needs it, for example 64"
+        if self.image_size is not None and not folders:
+            yield "image_size", f"belongs to imagefolder; the images of {self.name} have their own size"
+
+
+TorchvisionName = Annotated[str, Field(pattern="^torchvision/[a-z0-9_]+$", examples=["torchvision/resnet50"])]
 
 
 class ModelConfig(Section):
     """A model by name: mlp, convnet, resnet18 (CIFAR form), or torchvision/<name>."""
 
-    name: str = Field(description="mlp, convnet, resnet18, or torchvision/<any classification model>")
+    name: Literal["mlp", "convnet", "resnet18"] | TorchvisionName
     width: Count = Field(128, description="mlp: units of a hidden layer")
     depth: Count = Field(6, description="mlp: linear layers before the last one")
 
-    @model_validator(mode="after")
-    def _known(self) -> ModelConfig:
-        known = ["mlp", "convnet", "resnet18"]
-        if self.name not in known and not self.name.startswith("torchvision/"):
-            raise ValueError(
-                f"unknown model {self.name!r}{nearest(self.name, known)}; "
-                f"allowed: {', '.join(known)}, torchvision/<name>"
-            )
-        extra = {"width", "depth"} & self.model_fields_set
-        if extra and self.name != "mlp" and (self.width, self.depth) != (128, 6):
-            raise ValueError(f"{' and '.join(sorted(extra))} belong to model mlp, not to {self.name}")
-        return self
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.name != "mlp":
+            for key in sorted({"width", "depth"} & self.model_fields_set):
+                yield key, f"belongs to mlp, not to {self.name}; leave it out"
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        return settings if self.name == "mlp" else {"name": self.name}
 
 
 # optimizer
@@ -97,11 +74,15 @@ class ModelConfig(Section):
 class SGDConfig(Section):
     """torch.optim.SGD."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd"]
     lr: Positive = 0.1
-    momentum: NonNegative = 0.9
+    momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.nesterov and self.momentum == 0:
+            yield "nesterov", "must be false where momentum is 0"
 
 
 class AdamConfig(Section):
@@ -109,7 +90,7 @@ class AdamConfig(Section):
 
     name: Literal["adam", "adamw"]
     lr: Positive = 1e-3
-    betas: tuple[NonNegative, NonNegative] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
 
@@ -133,6 +114,10 @@ class ExpProductMeasure(Section):
     name: Literal["exp_product"]
     sigma: Finite
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.sigma == 0:
+            yield "sigma", "must be a number other than 0, not 0"
+
 
 class EigenPowerMeasure(Section):
     """psi(t) = t^k."""
@@ -154,19 +139,19 @@ class HypercubeNoise(Section):
     half_width: Positive = 0.01
 
 
-Base = Annotated[SGDConfig | AdamConfig, Field(discriminator="name"), BeforeValidator(_by_name)]
+Base = Annotated[SGDConfig | AdamConfig, Field(discriminator="name"), ByName()]
 MeasureConfig = Annotated[
     PlainMeasure | FrobeniusMeasure | ExpProductMeasure | EigenPowerMeasure,
     Field(discriminator="name"),
-    BeforeValidator(_by_name),
+    ByName(),
 ]
-NoiseConfig = Annotated[PlainNoise | HypercubeNoise, Field(discriminator="name"), BeforeValidator(_by_name)]
+NoiseConfig = Annotated[PlainNoise | HypercubeNoise, Field(discriminator="name"), ByName()]
 
 
 class OptimizerConfig(Section):
     """(phi, psi, mu) around a base optimizer. The strength of the sharpness term is s = lam rho^2."""
 
-    base: Base = SGDConfig()
+    base: Base = SGDConfig(name="sgd")
     measure: MeasureConfig
     noise: NoiseConfig | None = Field(None, description="mu in place of the measure's own")
     rho: Positive = Field(0.01, description="perturbation radius")
@@ -177,17 +162,16 @@ class OptimizerConfig(Section):
 
     @property
     def strength(self) -> float:
-        """s = lam rho^2, the factor on S."""
-        return self.lam * self.rho**2
+        """s = lam rho^2, the factor on S; 0 for measure sgd, where neither acts."""
+        return 0.0 if self.measure.name == "sgd" else self.lam * self.rho**2
 
-    @model_validator(mode="after")
-    def _enough_samples(self) -> OptimizerConfig:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.measure, FrobeniusMeasure) and self.measure.unbiased and self.n_samples < 2:
-            raise ValueError(
-                "frobenius with unbiased: true (Algorithm 3) divides by n_samples - 1: "
-                f"n_samples is {self.n_samples}, use 2 or more, or unbiased: false"
+            yield (
+                "n_samples",
+                f"must be 2 or more for frobenius, not {self.n_samples}: its unbiased estimate (Algorithm 3) "
+                "divides by n_samples - 1. Or set optimizer.measure.unbiased to false",
             )
-        return self
 
 
 # schedule
@@ -224,14 +208,18 @@ class MultistepSchedule(Schedule):
     """lr gamma^(number of milestones that are over); milestones in epochs, counted from 0."""
 
     name: Literal["multistep"]
-    milestones: tuple[Count, ...] = Field(strict=False)
+    milestones: tuple[Count, ...] = Field(strict=False, min_length=1)
     gamma: Positive
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            yield "milestones", f"must grow from one to the next, not {list(self.milestones)}"
 
 
 ScheduleConfig = Annotated[
     ConstantSchedule | CosineSchedule | StepSchedule | MultistepSchedule,
     Field(discriminator="name"),
-    BeforeValidator(_by_name),
+    ByName(),
 ]
 
 
@@ -244,7 +232,9 @@ class TrainingConfig(Section):
     epochs: Count
     batch_size: Count = Field(128, description="GLOBAL batch: split over the data ranks")
     precision: Literal["float32", "float64", "bf16"] = Field("float32", description="bf16: autocast")
-    seed: int = Field(0, description="initial weights, order of examples, augmentation, noise, dropout, splits")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="initial weights, order of examples, augmentation, noise, dropout, splits"
+    )
     channels_last: bool = False
 
 
@@ -261,7 +251,7 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, else the store in the runs folder")
     experiment: str = Field("phisam", min_length=1)
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
 
 
 class CheckpointConfig(Section):
@@ -275,7 +265,11 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """A complete run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        examples=["mnist5k-frob, of letters, digits, '.', '_' and '-', at most 100"],
+    )
     description: str = ""
     data: DataConfig
     model: ModelConfig
@@ -285,6 +279,23 @@ class RunConfig(Section):
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.data.root is None and self.data.name not in ("digits", "mnist5k"):
+            yield (
+                "data.root",
+                f"missing; {self.data.name} is read from a folder, or downloaded to it with download: true",
+            )
+        workers, sample_ranks = self.scaling.num_workers, self.optimizer.sample_parallel
+        warmup, epochs = self.schedule.warmup_epochs, self.training.epochs
+        if sample_ranks != "auto" and workers % sample_ranks:
+            yield (
+                "optimizer.sample_parallel",
+                f"must divide scaling.num_workers = {workers} (workers = data ranks x sample ranks), "
+                f"not {sample_ranks}. Or set it to auto",
+            )
+        if warmup >= epochs:
+            yield "schedule.warmup_epochs", f"must be less than training.epochs = {epochs}, not {warmup}"
 
     def flat(self) -> dict[str, str | float | int | bool]:
         """Every setting under its dotted key, as MLflow's parameters want it; null is left out."""
@@ -320,7 +331,7 @@ def from_dict(settings: dict[str, Any]) -> RunConfig:
 
 def dump_yaml(config: RunConfig) -> str:
     """YAML with every setting resolved, in the order of the classes above; `load` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
@@ -340,7 +351,7 @@ def recipe_text(name: str) -> str:
         ConfigError: there is no such recipe; names the nearest.
     """
     if name not in recipe_names():
-        raise ConfigError(f"no recipe {name!r}{nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}")
+        raise ConfigError(f"there is no recipe {name!r}.{_recipes_near(name)}")
     text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
     return text
 
@@ -348,16 +359,23 @@ def recipe_text(name: str) -> str:
 def _read(source: str) -> Source:
     if source in recipe_names():
         return read_yaml(recipe_text(source), f"recipe {source}")
-    path = Path(source).expanduser()
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        try:
-            return read_yaml(path.read_bytes(), source)
-        except OSError as error:
-            raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-    raise ConfigError(
-        f"{source!r} is neither a recipe nor a file{nearest(source, recipe_names())}; "
-        f"recipes: {', '.join(recipe_names())}"
-    )
+    path = os.path.expanduser(source)
+    try:
+        with open(path, "rb") as file:
+            return read_yaml(file.read(MAX_BYTES + 1), source)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{source!r} is neither a recipe nor a file in {os.getcwd()}.{_recipes_near(source)}"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _recipes_near(source: str) -> str:
+    word = os.path.basename(source).removesuffix(".yaml").removesuffix(".yml")
+    return f"{nearest(word, recipe_names())} Recipes: {', '.join(recipe_names())}"
 
 
 def _recipes() -> Any:

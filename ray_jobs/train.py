@@ -146,12 +146,7 @@ def _checked(config: RunConfig) -> Dataset:
     make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed)
     points = make_measure(config.optimizer).n_points(config.optimizer.n_samples)
     workers = config.scaling.num_workers
-    try:
-        sample_size = phisam.sample_size(workers, points, config.optimizer.sample_parallel)
-    except ValueError as error:
-        raise ConfigError(
-            f"scaling.num_workers = {workers} and optimizer.sample_parallel do not fit: {error}"
-        ) from None
+    sample_size = phisam.sample_size(workers, points, config.optimizer.sample_parallel)
     check_batch_size(config.training.batch_size, len(dataset.train), workers // sample_size)
     return dataset
 

@@ -105,7 +105,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             "lr": optimizer.param_groups[0]["lr"],
             "rho": optimizer.rho,
             "lam": optimizer.lam,
-            "strength": optimizer.lam * optimizer.rho**2,
+            "strength": optimizer.lam * optimizer.rho**2 if n_points else 0.0,
             "sharpness": sharpness_sum / steps if steps else math.nan,
             "gradient_evaluations": steps_so_far * optimizer.gradient_evaluations_per_step,
             "seconds_per_step": seconds / batches.steps_per_epoch,

@@ -1,254 +1,231 @@
-"""YAML that remembers its lines, and pydantic's findings told as mistakes in a file.
+"""YAML that remembers its lines: reading, `--set` overrides, writing. `explain.py` tells the mistakes.
 
-    run.yaml:14: optimizer.rhoo: unknown key (did you mean 'rho'?), value 0.1; allowed here: base, measure, rho, ...
-
-Reading is safe (no tags, no objects), bounded (1 MiB, 20 levels, 10,000 nodes) and strict (no key twice).
+Reading is safe (no tags, no objects), bounded (1 MiB, 20 levels) and strict (no key twice, no aliases). Which text is
+a number follows YAML 1.2, not PyYAML's 1.1: 1e-3 is a number, while no, off, 1:30 and 2026-01-01 are text.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-import typing
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
-from ray_jobs.errors import ConfigError, first_line
+from ray_jobs.errors import ConfigError
 
 Path = tuple[str | int, ...]
-Model = TypeVar("Model", bound=BaseModel)
 
-MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 10_000
+MAX_BYTES, MAX_DEPTH = 1 << 20, 20
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+
+
+class Place(NamedTuple):
+    """Where a value came from: "run.yaml:14" or "--set optimizer.rho=0.1"; `order` sorts mistakes by line."""
+
+    order: int
+    text: str
+
+
+class Problem(NamedTuple):
+    """One mistake: where, at which key, what."""
+
+    place: Place
+    path: Path
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place.text, dotted(self.path), self.text) if part)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Plain values, and where each came from: "run.yaml:14" or "--set optimizer.rho=0.1"."""
+    """Plain values, where each came from, and the mistakes found so far."""
 
-    value: Any
-    origin: str
-    places: dict[Path, str]
+    value: dict[str, Any]
+    places: dict[Path, Place]
+    problems: tuple[Problem, ...] = ()
 
-    def place(self, path: Path) -> str:
-        """Where a path came from: an override in it, else its line, else the line of the nearest part around it."""
-        overrides = [place for known, place in self.places.items() if known[: len(path)] == path and "--set" in place]
-        if overrides:
-            return overrides[-1]
+    def place(self, path: Path) -> Place:
+        """Where a path came from; for a key that is missing, where the section around it did."""
         while path not in self.places and path:
             path = path[:-1]
-        return self.places.get(path, self.origin)
+        return self.places[path]
+
+
+def dotted(path: Path) -> str:
+    """optimizer.base.betas[0]"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, except that 1e-3 is a number."""
+    """The core schema of YAML 1.2, without aliases: nothing in a file can grow beyond its size or contain itself."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name and kind)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"the alias *{event.anchor} is not accepted here: write the value out"
+            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _name, _pattern, _first in (
+    ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would take for a number, so that every reader gets the same."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True))
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    _TAG + "null": lambda _: None,
+    _TAG + "bool": lambda text: text.lower() == "true",
+    _TAG + "int": int,
+    _TAG + "float": lambda text: float(re.sub(r"\.(inf|nan)$", r"\1", text.lower())),
+    _TAG + "str": str,
+}
+
+
+def write_yaml(value: dict[str, Any]) -> str:
+    """YAML that `read_yaml` reads back to the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_yaml(text: str | bytes, origin: str) -> Source:
-    """Values and lines of a YAML mapping.
+    """Values and lines of a YAML mapping; `origin` is what errors call the text.
 
     Raises:
-        ConfigError: it is not YAML, not a mapping, too large or too deep, or gives a key twice.
+        ConfigError: it is not YAML, not a mapping, too large or too deep.
     """
+    node = _compose(text, lambda line: f"{origin}:{line}" if line else origin)
+    reader = _Reader(lambda node: Place(node.start_mark.line, f"{origin}:{node.start_mark.line + 1}"))
+    value = reader.read(node, ()) if node is not None else None
+    if not isinstance(value, dict):
+        held = "it is empty" if node is None else f"it holds {shown(value)}"
+        raise ConfigError(f"{origin}: a run description is a mapping of sections such as data and model, but {held}")
+    return Source(value, reader.places, tuple(reader.problems))
+
+
+def read_override(source: Source, override: str) -> Source:
+    """The source with one `key.path=value` on top; the value is YAML, nothing after the "=" is null.
+
+    What cannot be read is added to the source's problems.
+    """
+    place = Place(sys.maxsize, f"--set {' '.join(override.split())}")
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        return _with_problem(source, place, (), "write it as key.path=value, for example --set optimizer.rho=0.05")
+    reader = _Reader(lambda _: place)
+    try:
+        node = _compose(text, lambda _: place.text)
+    except ConfigError as error:
+        return _with_problem(source, place, (), str(error).removeprefix(f"{place.text}: "))
+    new = reader.read(node, path) if node is not None else None
+    value = copy.deepcopy(source.value)
+    section = value
+    for depth, part in enumerate(path[:-1], 1):
+        child = section.get(part)
+        if isinstance(child, str):  # `measure: frobenius` is short for a section with that name
+            child = {"name": child}
+        if not isinstance(child, dict | None):
+            problem = f"the value {shown(child)} has no setting {path[depth]!r} in it"
+            return _with_problem(source, place, path[:depth], problem)
+        section[part] = child = child or {}
+        section = child
+    section[path[-1]] = new
+    kept = {known: at for known, at in source.places.items() if known[: len(path)] != path}
+    parents: dict[Path, Place] = {path[:depth]: place for depth in range(1, len(path) + 1) if path[:depth] not in kept}
+    return Source(value, {**kept, **parents, **reader.places}, (*source.problems, *reader.problems))
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, cut to a length that fits a line of text."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _with_problem(source: Source, place: Place, path: Path, text: str) -> Source:
+    return Source(source.value, source.places, (*source.problems, Problem(place, path, text)))
+
+
+def _compose(text: str | bytes, where: Callable[[int], str]) -> yaml.Node | None:
+    """The nodes of a text with one YAML document; `where` makes a line, or 0 for none, into a place."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{origin}: {len(text)} bytes; a run description has at most {MAX_BYTES}")
+        raise ConfigError(f"{where(0)}: {len(text)} bytes; a run description has at most {MAX_BYTES}")
     try:
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()
-            places: dict[Path, str] = {}
-            value = _Reader(loader, origin, places).read(node, ()) if node is not None else None
+            return loader.get_single_node()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{origin}:{mark.line + 1}" if mark else origin
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{origin}: not valid YAML: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{origin}: a run description is a mapping of sections, got {value!r}")
-    return Source(value, origin, places)
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where(line)}: not valid YAML: {problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where(0)}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{where(0)}: nested far too deeply; a run description has at most {MAX_DEPTH} levels"
+        ) from None
 
 
 class _Reader:
-    def __init__(self, loader: _Loader, origin: str, places: dict[Path, str]) -> None:
-        self._loader = loader
-        self._origin = origin
-        self._places = places
-        self._nodes = 0
+    """Nodes -> plain values; collects places and problems."""
+
+    def __init__(self, place: Callable[[yaml.Node], Place]) -> None:
+        self._place = place
+        self.places: dict[Path, Place] = {}
+        self.problems: list[Problem] = []
 
     def read(self, node: yaml.Node, path: Path) -> Any:
-        where = f"{self._origin}:{node.start_mark.line + 1}"
-        self._nodes += 1
-        if len(path) > MAX_DEPTH or self._nodes > MAX_NODES:
-            raise ConfigError(f"{where}: more than {MAX_DEPTH} levels or {MAX_NODES} entries")
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            raise ConfigError(f"{where}: not valid YAML here: the tag {node.tag!r}")
-        self._places.setdefault(path, where)
-        if isinstance(node, yaml.MappingNode):
+        self.places.setdefault(path, self._place(node))
+        if len(path) > MAX_DEPTH:
+            return self._refuse(node, path[:3], f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             return [self.read(part, (*path, i)) for i, part in enumerate(node.value)]
-        return self._loader.construct_object(node)
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+            return self._refuse(node, path, f"the YAML tag {node.tag.replace(_TAG, '!!')} is not accepted")
+        try:
+            node.value.encode()
+            return _SCALARS[node.tag](node.value)
+        except ValueError:  # an explicit tag that does not fit, an endless integer, half a surrogate pair
+            return self._refuse(node, path, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}")
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self._loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise ConfigError(f"{self._origin}:{line}: a key must be a word, got {key_node.value!r}")
-            if key in mapping:
-                first = self._places[(*path, key)].rpartition(":")[2]
-                raise ConfigError(f"{self._origin}:{line}: {_dotted((*path, key))}: given twice, first in line {first}")
-            self._places[(*path, key)] = f"{self._origin}:{line}"
-            mapping[key] = self.read(value_node, (*path, key))
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, path, "a key must be a word")
+                continue
+            key = (*path, key_node.value)
+            if key_node.value in mapping:
+                self._refuse(key_node, key, f"given twice, first at {self.places[key].text}; keep one")
+                continue
+            self.places[key] = self._place(key_node)
+            mapping[key_node.value] = self.read(value_node, key)
         return mapping
 
-
-def read_override(source: Source, override: str) -> Source:
-    """The source with one `key.path=value` on top; the value is YAML.
-
-    Raises:
-        ConfigError: there is no "=", the value is not YAML, or a part of the path is no section.
-    """
-    where = f"--set {override}"
-    key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path):
-        raise ConfigError(f"{where}: write it as key.path=value, for example --set optimizer.rho=0.05")
-    parsed = read_yaml(f"value: {text.strip() or 'null'}", where).value["value"]
-    value = copy.deepcopy(source.value)
-    section = value
-    for depth, part in enumerate(path[:-1], 1):
-        child = section.setdefault(part, {})
-        if isinstance(child, str):  # `measure: frobenius` is short for a section with that name
-            child = section[part] = {"name": child}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{where}: {_dotted(path[:depth])} is {child!r}, it has no setting {path[depth]!r}")
-        section = child
-    section[path[-1]] = parsed
-    places = {known: place for known, place in source.places.items() if known[: len(path)] != path}
-    return Source(value, source.origin, {**places, path: where})
-
-
-def validated(model: type[Model], source: Source) -> Model:
-    """The source as a model.
-
-    Raises:
-        ConfigError: one line for each mistake.
-    """
-    try:
-        return model.model_validate(source.value)
-    except ValidationError as error:
-        lines: dict[Path, list[str]] = {}
-        for detail in error.errors(include_url=False):
-            path = _path_in(source.value, detail["loc"])
-            lines.setdefault(path, []).append(_finding(model, source, path, detail))
-        told = [
-            f"{source.place(path)}: {_dotted(path)}: {', or '.join(dict.fromkeys(findings))}"
-            for path, findings in lines.items()
-        ]
-        raise ConfigError("\n".join(told)) from None
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'rho'?)", or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(str(part) for part in path) or "the whole description"
-
-
-def _path_in(value: Any, loc: Sequence[str | int]) -> Path:
-    """pydantic's location without the names of union members that it puts between the keys."""
-    path: Path = ()
-    for i, part in enumerate(loc):
-        if isinstance(value, dict):
-            if part in value:
-                value = value[part]
-            elif i < len(loc) - 1 or part == value.get("name"):
-                continue  # a union member's tag
-            else:
-                value = None  # a missing key
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
-            continue  # which alternative of a union a plain value was tried as
-        path = (*path, part)
-    return path
-
-
-def _finding(model: type[BaseModel], source: Source, path: Path, detail: ErrorDetails) -> str:
-    """One mistake in words: the value, what is allowed, the nearest known word."""
-    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return _unknown_key(model, source, path, value)
-    if kind == "missing":
-        return "is missing, and has no default"
-    if kind in ("union_tag_invalid", "literal_error"):
-        allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected"))))
-        given = context.get("tag", value)
-        return f"{given!r} is not known{nearest(str(given), allowed)}; allowed: {', '.join(allowed)}"
-    if kind in ("union_tag_not_found", "model_type", "model_attributes_type"):
-        names = [name for choice in _models(model, path) for name in _tags(choice)]
-        return f"{value!r} is no section" + (f" with a name; allowed names: {', '.join(names)}" if names else "")
-    if kind == "value_error":
-        return str(context["error"])
-    rule = re.sub("^(Input|String|Value) should", "it must", detail["msg"])
-    return f"{value!r} is not allowed: {rule}"
-
-
-def _unknown_key(model: type[BaseModel], source: Source, path: Path, value: Any) -> str:
-    *parent, key = path
-    choices = _models(model, tuple(parent))
-    name = _at(source.value, tuple(parent)).get("name")
-    here = [choice for choice in choices if len(choices) == 1 or name in _tags(choice)]
-    allowed = [field for choice in here for field in choice.model_fields]
-    owners = [tag for choice in choices if key in choice.model_fields for tag in _tags(choice)]
-    if owners:
-        return f"belongs to {' and '.join(owners)}, not to {name} (value {value!r}); allowed here: {', '.join(allowed)}"
-    return f"unknown key{nearest(str(key), allowed)}, value {value!r}; allowed here: {', '.join(allowed)}"
-
-
-def _at(value: Any, path: Path) -> Any:
-    for part in path:
-        value = value[part]
-    return value
-
-
-def _models(model: type[BaseModel], path: Path) -> list[type[BaseModel]]:
-    """The section classes that the value at a path could be an object of."""
-    choices: list[type[BaseModel]] = [model]
-    for part in path:
-        fields = [choice.model_fields[str(part)].annotation for choice in choices if part in choice.model_fields]
-        choices = [found for annotation in fields for found in _sections(annotation)]
-    return choices
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in typing.get_args(annotation) for found in _sections(part)]
-
-
-def _tags(choice: type[BaseModel]) -> list[str]:
-    field = choice.model_fields.get("name")
-    return [str(tag) for tag in typing.get_args(field.annotation)] if field else []
+    def _refuse(self, node: yaml.Node, path: Path, text: str) -> None:
+        self.problems.append(Problem(self._place(node), path, text))

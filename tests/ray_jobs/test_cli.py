@@ -42,10 +42,10 @@ def test_validate_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
         (["train"], "phisam: train: name a recipe or a file, or an unfinished run with --resume RUN_ID"),
         (["train", "digits-sgd", "--resume", "x"], "phisam: train: name a recipe or a file"),
         (["train", "--resume", "x", "--set", "a=1"], "phisam: train --resume goes on with the run as it was"),
-        (["train", "digits-sdg"], "did you mean 'digits-sgd'?"),
+        (["train", "digits-sdg"], "Did you mean 'digits-sgd'?"),
         (["train", "digits-sgd", "--set", "optimizer.roh=1"], "--set optimizer.roh=1: optimizer.roh: unknown key"),
         (["validate"], "phisam: validate: name a recipe or a file"),
-        (["recipes", "digits"], "phisam: no recipe 'digits'"),
+        (["recipes", "digits"], "phisam: there is no recipe 'digits'"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
