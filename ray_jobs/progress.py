@@ -97,10 +97,10 @@ class ProgressView:
             parts = [f"epoch {place['epoch'] + 1}/{self._epochs}", f"step {place['step']}/{place['steps']}"]
             parts += [f"loss {place['loss']:.4f}", f"{place['rate']:,.0f} examples/s"]
         else:
-            parts = [f"epoch {int(done)}/{self._epochs}", f"loss {newest['train/loss']:.4f}"]
+            parts = [f"epoch {int(done)}/{self._epochs}", f"loss {newest['loss/train']:.4f}"]
             parts += [f"{newest['examples_per_second']:,.0f} examples/s"]
         if newest:
-            parts.insert(-1, f"val acc {newest['validation/accuracy']:.2%}")
+            parts.insert(-1, f"val acc {newest['accuracy/validation']:.2%}")
         return "  ".join([*parts, self._eta(done)])
 
     def _eta(self, done: float) -> str:
@@ -115,8 +115,8 @@ class ProgressView:
 def epoch_line(metrics: Metrics, epochs: int) -> str:
     """One epoch in one plain line."""
     return (
-        f"epoch {metrics['epoch']}/{epochs}  loss {metrics['train/loss']:.4f}  "
-        f"val acc {metrics['validation/accuracy']:.2%}  {metrics['examples_per_second']:,.0f} examples/s"
+        f"epoch {metrics['epoch']}/{epochs}  loss {metrics['loss/train']:.4f}  "
+        f"val acc {metrics['accuracy/validation']:.2%}  {metrics['examples_per_second']:,.0f} examples/s"
     )
 
 
@@ -171,7 +171,7 @@ _LABELS = (
 
 def _cells(summary: Summary) -> list[str]:
     last = summary.history[-1]
-    best = max(summary.history, key=lambda m: (m["validation/accuracy"], -m["validation/loss"]))
+    best = max(summary.history, key=lambda m: (m["accuracy/validation"], -m["loss/validation"]))
     perturbed = summary.n_samples > 0
     return [
         summary.name,
@@ -182,11 +182,11 @@ def _cells(summary: Summary) -> list[str]:
         str(summary.n_samples),
         str(last["epoch"]),
         f"{last['gradient_evaluations']:,}",
-        f"{last['train/loss']:.4f}",
+        f"{last['loss/train']:.4f}",
         f"{last['sharpness']:.3g}" if perturbed else "-",
-        f"{last['validation/accuracy']:.2%}",
-        f"{last['test/accuracy']:.2%}",
-        f"{best['test/accuracy']:.2%} (epoch {best['epoch']})",
+        f"{last['accuracy/validation']:.2%}",
+        f"{last['accuracy/test']:.2%}",
+        f"{best['accuracy/test']:.2%} (epoch {best['epoch']})",
         duration(summary.seconds),
         summary.run_id[:8],
     ]

@@ -58,8 +58,8 @@ class Tracker:
         except MlflowException as error:
             raise RunError(f"MLflow at {uri} does not take a run: {error.message}") from None
         tracker = cls(uri, run.info.run_id)
-        parameters = {**config.flat(), **comparable_parameters(config)}
-        client.log_batch(tracker.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        settings = [Param(key, str(value)) for key, value in parameters(config).items()]
+        client.log_batch(tracker.run_id, params=settings, tags=[RunTag("mlflow.note.content", config.description)])
         client.log_text(tracker.run_id, dump_yaml(config), "run.yaml")
         return tracker
 
@@ -80,7 +80,7 @@ class Tracker:
             RunError: MLflow did not take them.
         """
         step, timestamp = int(metrics["epoch"]), int(metrics["timestamp_ms"])
-        values = {name: float(value) for name, value in metrics.items() if name != "timestamp_ms"}
+        values = {name: float(value) for name, value in metrics.items() if name not in ("epoch", "timestamp_ms")}
         batch = [Metric(name, value, timestamp, step) for name, value in values.items()]
         try:
             self._client.log_batch(self.run_id, metrics=batch)
@@ -89,7 +89,7 @@ class Tracker:
 
     def logged_epochs(self) -> set[int]:
         """Epochs that MLflow has."""
-        return {metric.step for metric in self._client.get_metric_history(self.run_id, "epoch")}
+        return {metric.step for metric in self._client.get_metric_history(self.run_id, "loss/train")}
 
     def reconcile(self, history: Sequence[Metrics]) -> None:
         """Logs the epochs of a checkpoint's history that MLflow lacks."""
@@ -157,17 +157,21 @@ def find_run(uri: str, experiment: str | None, name_or_id: str) -> Run:
     return found[0]
 
 
-def comparable_parameters(config: RunConfig) -> dict[str, str | float]:
-    """Short names for what one compares runs by; MLflow's compare page then needs no clicking around."""
-    optimizer = config.optimizer
-    return {
-        "measure": optimizer.measure.name,
-        "rho": optimizer.rho,
-        "lam": optimizer.lam,
-        "strength": optimizer.strength,
-        "n_samples": optimizer.n_samples if optimizer.measure.name != "sgd" else 0,
-        "seed": config.training.seed,
+def parameters(config: RunConfig) -> dict[str, str | float]:
+    """Every setting that one compares runs by, named so that MLflow's compare page needs no clicking around.
+
+    It offers the first parameters that differ, by the alphabet: rho, lam and n_samples have short names and stand once,
+    as numbers; the run's name and description are told elsewhere.
+    """
+    short = {"optimizer.measure.name": "measure", "optimizer.base.name": "base", "optimizer.noise.name": "noise"}
+    flat = {
+        short.get(key, key.removeprefix("optimizer.")): value
+        for key, value in config.flat().items()
+        if key not in ("name", "description")
     }
+    if config.optimizer.measure.name == "sgd":  # what the settings amount to
+        flat |= {"n_samples": 0, "lam": 0.0}
+    return {**flat, "strength": config.optimizer.strength}
 
 
 def provenance(fingerprint: str) -> dict[str, str]:
@@ -201,7 +205,9 @@ def _experiment(client: MlflowClient, name: str, runs: Path | None) -> str:
     if found is not None:
         return str(found.experiment_id)
     location = (runs / "artifacts").as_uri() if runs is not None else None
-    return str(client.create_experiment(name, artifact_location=location))
+    # Without the tag MLflow's pages open in their view for language models, where curves and parameters are hidden.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
 class _quiet:  # noqa: N801  used as a context manager

@@ -97,11 +97,11 @@ def train_loop(settings: dict[str, Any]) -> None:
         steps_so_far = (epoch + 1) * batches.steps_per_epoch
         metrics = {
             "epoch": epoch + 1,
-            "train/loss": loss_sum / steps if steps else math.nan,
-            "validation/loss": validation_loss,
-            "validation/accuracy": validation_accuracy,
-            "test/loss": test_loss,
-            "test/accuracy": test_accuracy,
+            "accuracy/validation": validation_accuracy,
+            "accuracy/test": test_accuracy,
+            "loss/train": loss_sum / steps if steps else math.nan,
+            "loss/validation": validation_loss,
+            "loss/test": test_loss,
             "lr": optimizer.param_groups[0]["lr"],
             "rho": optimizer.rho,
             "lam": optimizer.lam,

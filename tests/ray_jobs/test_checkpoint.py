@@ -15,7 +15,7 @@ from ray_jobs.errors import RunError
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     state = {"epoch": 2, "model": {"w": torch.arange(3.0)}, "best": None}
-    history = [{"epoch": 1.0, "train/loss": 0.5}, {"epoch": 2.0, "train/loss": float("nan")}]
+    history = [{"epoch": 1.0, "loss/train": 0.5}, {"epoch": 2.0, "loss/train": float("nan")}]
     checkpoint.save(tmp_path, state, history)
     loaded = checkpoint.load(tmp_path)
     assert loaded["epoch"] == 2

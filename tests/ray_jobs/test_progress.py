@@ -14,10 +14,10 @@ from ray_jobs.progress import Board, ProgressView, Summary, duration, summary_ta
 def metrics(epoch: int, accuracy: float = 0.5) -> dict[str, Any]:
     return {
         "epoch": epoch,
-        "train/loss": 1.0 / epoch,
-        "validation/accuracy": accuracy,
-        "validation/loss": 1.0,
-        "test/accuracy": accuracy - 0.01,
+        "loss/train": 1.0 / epoch,
+        "accuracy/validation": accuracy,
+        "loss/validation": 1.0,
+        "accuracy/test": accuracy - 0.01,
         "examples_per_second": 1234.0,
         "rho": 0.03,
         "lam": 1e-3,

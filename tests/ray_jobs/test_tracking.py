@@ -34,20 +34,23 @@ def start(runs: Path, name: str = "digits-frob") -> Tracker:
 
 
 def metrics(epoch: int, **more: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "train/loss": 1.0 / epoch, "timestamp_ms": 1_700_000_000_000 + epoch, **more}
+    return {"epoch": epoch, "loss/train": 1.0 / epoch, "timestamp_ms": 1_700_000_000_000 + epoch, **more}
 
 
-def epochs_in(tracker: Tracker, name: str = "train/loss") -> list[int]:
+def epochs_in(tracker: Tracker, name: str = "loss/train") -> list[int]:
     return [metric.step for metric in MlflowClient(tracker.uri).get_metric_history(tracker.run_id, name)]
 
 
 def test_a_run_has_parameters_tags_and_its_description(tracker: Tracker, tmp_path: Path) -> None:
     client = MlflowClient(tracker.uri)
     data = client.get_run(tracker.run_id).data
-    assert data.params["optimizer.measure.name"] == data.params["measure"] == "frobenius"
+    assert data.params["measure"] == "frobenius"
+    assert data.params["base.lr"] == "0.1"
     assert float(data.params["rho"]) == 0.03
     assert float(data.params["strength"]) == pytest.approx(9e-7)
     assert data.params["n_samples"] == "3"
+    assert not {"optimizer.rho", "name", "description"} & set(data.params)  # each setting once
+    assert data.tags["mlflow.note.content"] == config.load("digits-frob").description
     assert data.tags["data.fingerprint"] == "f" * 64
     assert data.tags["version.torch"] == torch.__version__.split("+")[0]
     path = client.download_artifacts(tracker.run_id, "run.yaml", str(tmp_path))

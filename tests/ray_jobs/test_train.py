@@ -83,9 +83,9 @@ def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
     run = the_run(home)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "digits-frob"
-    assert [step for step, _ in series(home, "train/loss")] == list(range(1, EPOCHS + 1))
-    assert run.data.metrics["validation/accuracy"] > 0.9
-    assert run.data.metrics["test/accuracy"] > 0.9
+    assert [step for step, _ in series(home, "loss/train")] == list(range(1, EPOCHS + 1))
+    assert run.data.metrics["accuracy/validation"] > 0.9
+    assert run.data.metrics["accuracy/test"] > 0.9
     assert run.data.metrics["strength"] == pytest.approx(9e-7)
     assert run.data.metrics["sharpness"] > 0
     steps = 20  # 1437 digits, less the test fifth and a tenth for validation: 1293 examples in batches of 64
@@ -100,7 +100,7 @@ def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
 def test_the_best_model_is_the_first_of_highest_validation_accuracy(undisturbed: tuple[Path, str]) -> None:
     home, _ = undisturbed
     best = final_state(home)["best"]
-    accuracy, loss = dict(series(home, "validation/accuracy")), dict(series(home, "validation/loss"))
+    accuracy, loss = dict(series(home, "accuracy/validation")), dict(series(home, "loss/validation"))
     expected = max(accuracy, key=lambda step: (accuracy[step], -loss[step], -step))
     assert (best["epoch"], best["accuracy"]) == (expected, accuracy[expected])
 
@@ -121,7 +121,7 @@ def test_a_driver_that_is_killed_and_resumed_ends_bit_equal(undisturbed: tuple[P
     assert the_run(tmp_path).info.status == "FINISHED"
     home, _ = undisturbed
     assert_equal(final_state(home), final_state(tmp_path))
-    for name in ("train/loss", "validation/loss", "validation/accuracy", "test/accuracy", "lr", "sharpness"):
+    for name in ("loss/train", "loss/validation", "accuracy/validation", "accuracy/test", "lr", "sharpness"):
         assert series(tmp_path, name) == series(home, name), name
 
     again = command(tmp_path, "--resume", "digits-frob")
