@@ -9,10 +9,9 @@ Modules that take seconds to import (torch, ray, mlflow) are imported by the com
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import subprocess
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -213,14 +212,20 @@ def _ui(arguments: argparse.Namespace) -> int:
     store = runs_folder() / "mlflow.db"
     if not store.exists():
         raise RunError(f"{store} does not exist: train a run first, from this folder, or set PHISAM_HOME")
-    address = f"http://127.0.0.1:{arguments.port}"
-    print(f"MLflow over {store.parent} at {address} (Ctrl-C ends it)", flush=True)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", arguments.port))
+        except OSError as error:
+            raise RunError(
+                f"port {arguments.port} is not free ({error.strerror}); choose another with --port"
+            ) from None
+    print(f"MLflow over {store.parent} at http://127.0.0.1:{arguments.port} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(arguments.port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{store}"]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--backend-store-uri", f"sqlite:///{store}"]
     command += ["--default-artifact-root", (store.parent / "artifacts").as_uri()]
-    with contextlib.suppress(KeyboardInterrupt):
-        return subprocess.call(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-    return 0
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+    os.execve(sys.executable, command, environment)  # this process becomes the server: one signal ends it
 
 
 def _set_environment(address: str | None, verbose: bool) -> None:

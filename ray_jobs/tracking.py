@@ -163,12 +163,8 @@ def parameters(config: RunConfig) -> dict[str, str | float]:
     It offers the first parameters that differ, by the alphabet: rho, lam and n_samples have short names and stand once,
     as numbers; the run's name and description are told elsewhere.
     """
-    short = {"optimizer.measure.name": "measure", "optimizer.base.name": "base", "optimizer.noise.name": "noise"}
-    flat = {
-        short.get(key, key.removeprefix("optimizer.")): value
-        for key, value in config.flat().items()
-        if key not in ("name", "description")
-    }
+    short = {f"optimizer.{key}": key for key in ("rho", "lam", "n_samples")} | {"optimizer.measure.name": "measure"}
+    flat = {short.get(k, k): value for k, value in config.flat().items() if k not in ("name", "description")}
     if config.optimizer.measure.name == "sgd":  # what the settings amount to
         flat |= {"n_samples": 0, "lam": 0.0}
     return {**flat, "strength": config.optimizer.strength}
@@ -205,8 +201,9 @@ def _experiment(client: MlflowClient, name: str, runs: Path | None) -> str:
     if found is not None:
         return str(found.experiment_id)
     location = (runs / "artifacts").as_uri() if runs is not None else None
-    # Without the tag MLflow's pages open in their view for language models, where curves and parameters are hidden.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
+    tags = {  # what MLflow's pages call an experiment that trains models
+        "mlflow.experimentKind": "custom_model_development"
+    }
     return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 

@@ -45,7 +45,7 @@ def test_a_run_has_parameters_tags_and_its_description(tracker: Tracker, tmp_pat
     client = MlflowClient(tracker.uri)
     data = client.get_run(tracker.run_id).data
     assert data.params["measure"] == "frobenius"
-    assert data.params["base.lr"] == "0.1"
+    assert data.params["optimizer.base.lr"] == "0.1"
     assert float(data.params["rho"]) == 0.03
     assert float(data.params["strength"]) == pytest.approx(9e-7)
     assert data.params["n_samples"] == "3"
