@@ -234,6 +234,8 @@ def _set_environment(address: str | None, verbose: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train looks for reports every 2 s otherwise
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is said after seconds, not four minutes
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }
     if address is None:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every socket of a local Ray on 127.0.0.1

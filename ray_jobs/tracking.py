@@ -7,6 +7,7 @@ fill in whatever a killed process had not sent.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -14,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mlflow.models import infer_signature
 from torch import Tensor, nn
 
 from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml
-from ray_jobs.errors import RunError
+from ray_jobs.errors import RunError, first_line
 
 Metrics = dict[str, Any]
 
@@ -38,11 +39,7 @@ def tracking_uri(config: TrackingConfig, runs: Path) -> str:
 
 
 class Tracker:
-    """One MLflow run.
-
-    Raises:
-        RunError: the tracking server or store cannot be reached.
-    """
+    """One MLflow run. Each method raises RunError if MLflow does not do what it is asked for."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
@@ -52,44 +49,35 @@ class Tracker:
     def start(cls, uri: str, runs: Path, config: RunConfig, tags: dict[str, str]) -> Tracker:
         """A new run with its parameters, tags and resolved description."""
         client = MlflowClient(uri)
-        try:
-            experiment_id = _experiment(client, config.tracking.experiment, runs if uri.startswith("sqlite:") else None)
-            run = client.create_run(experiment_id, run_name=config.name, tags={**tags, **config.tracking.tags})
-        except MlflowException as error:
-            raise RunError(f"MLflow at {uri} does not take a run: {error.message}") from None
-        tracker = cls(uri, run.info.run_id)
         settings = [Param(key, str(value)) for key, value in parameters(config).items()]
-        client.log_batch(tracker.run_id, params=settings, tags=[RunTag("mlflow.note.content", config.description)])
-        client.log_text(tracker.run_id, dump_yaml(config), "run.yaml")
-        return tracker
+        tags = {**tags, "mlflow.note.content": config.description, **config.tracking.tags}
+        with _asked(uri, "start a run"):
+            experiment_id = _experiment(client, config.tracking.experiment, runs if uri.startswith("sqlite:") else None)
+            run_id = client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
+            client.log_batch(run_id, params=settings)
+            client.log_text(run_id, dump_yaml(config), "run.yaml")
+        return cls(uri, run_id)
 
     @classmethod
     def resume(cls, uri: str, run_id: str) -> Tracker:
         """A run that exists; it is RUNNING again."""
         tracker = cls(uri, run_id)
-        try:
+        with _asked(uri, f"go on with run {run_id}"):
             tracker._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            raise RunError(f"MLflow at {uri} does not know run {run_id}: {error.message}") from None
         return tracker
 
     def log_epoch(self, metrics: Metrics) -> None:
-        """One epoch's metrics, in one transaction.
-
-        Raises:
-            RunError: MLflow did not take them.
-        """
+        """One epoch's metrics, in one transaction."""
         step, timestamp = int(metrics["epoch"]), int(metrics["timestamp_ms"])
         values = {name: float(value) for name, value in metrics.items() if name not in ("epoch", "timestamp_ms")}
         batch = [Metric(name, value, timestamp, step) for name, value in values.items()]
-        try:
+        with _asked(self.uri, f"take epoch {step}"):
             self._client.log_batch(self.run_id, metrics=batch)
-        except MlflowException as error:
-            raise RunError(f"MLflow at {self.uri} did not take epoch {step}: {error.message}") from None
 
     def logged_epochs(self) -> set[int]:
         """Epochs that MLflow has."""
-        return {metric.step for metric in self._client.get_metric_history(self.run_id, "loss/train")}
+        with _asked(self.uri, f"tell the epochs of run {self.run_id}"):
+            return {metric.step for metric in self._client.get_metric_history(self.run_id, "loss/train")}
 
     def reconcile(self, history: Sequence[Metrics]) -> None:
         """Logs the epochs of a checkpoint's history that MLflow lacks."""
@@ -108,9 +96,9 @@ class Tracker:
             output = model(example)
         inputs = example.numpy()
         mlflow.set_tracking_uri(self.uri)
-        mlflow.start_run(run_id=self.run_id)
-        try:
-            with _quiet():
+        with _asked(self.uri, f"take the model {name}"), _quiet(), tempfile.TemporaryDirectory() as folder:
+            mlflow.start_run(run_id=self.run_id)
+            try:
                 mlflow.pytorch.log_model(
                     model,
                     name=name,
@@ -119,34 +107,33 @@ class Tracker:
                     pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
                     metadata=metadata,
                 )
-        finally:
-            mlflow.end_run("RUNNING")  # how the run ends is for the driver to say
-        with tempfile.TemporaryDirectory() as folder:
+            finally:
+                mlflow.end_run("RUNNING")  # how the run ends is for the driver to say
             path = Path(folder) / "weights.pt"
             torch.save(model.state_dict(), path)
             self._client.log_artifact(self.run_id, str(path), name)
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Adds tags."""
-        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        with _asked(self.uri, "take tags"):
+            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def finish(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+        with _asked(self.uri, f"end run {self.run_id} as {status}"):
+            self._client.set_terminated(self.run_id, status)
 
 
-def find_run(uri: str, experiment: str | None, name_or_id: str) -> Run:
+def find_run(uri: str, name_or_id: str) -> Run:
     """A run by its id, the first eight letters of it, or its name if that is unique.
 
     Raises:
         RunError: there is none, or several.
     """
     client = MlflowClient(uri)
-    try:
-        experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
-        runs = client.search_runs(experiments, max_results=10_000) if experiments else []
-    except MlflowException as error:
-        raise RunError(f"MLflow at {uri} cannot be read: {error.message}") from None
+    with _asked(uri, "list its runs"):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(experiments, max_results=10_000)
     found = [run for run in runs if run.info.run_id.startswith(name_or_id)] if len(name_or_id) >= 8 else []
     found = found or [run for run in runs if run.info.run_name == name_or_id]
     if not found:
@@ -207,16 +194,22 @@ def _experiment(client: MlflowClient, name: str, runs: Path | None) -> str:
     return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
-class _quiet:  # noqa: N801  used as a context manager
+@contextlib.contextmanager
+def _asked(uri: str, what: str) -> Iterator[None]:
+    """Tells MLflow's refusals and a server that does not answer as a RunError."""
+    try:
+        yield
+    except MlflowException as error:
+        raise RunError(f"MLflow at {uri} was asked to {what}, but: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps MLflow's and torch.export's remarks on model logging out of the way."""
-
-    def __enter__(self) -> None:
-        self._catch = warnings.catch_warnings()
-        self._catch.__enter__()
-        warnings.simplefilter("ignore")
-        self._disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exc: object) -> None:
-        logging.disable(self._disabled)
-        self._catch.__exit__(None, None, None)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)

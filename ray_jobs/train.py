@@ -27,7 +27,7 @@ from rich.console import Console
 import phisam
 from ray_jobs import checkpoint
 from ray_jobs.callback import EpochCallback
-from ray_jobs.config import RunConfig, dump_yaml, load
+from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
 from ray_jobs.errors import ConfigError, RunError, first_line
 from ray_jobs.models import make_model
@@ -66,16 +66,26 @@ def resume(name_or_id: str, console: Console) -> Summary:
         RunError: there is no such run, its files are gone, or it is finished.
     """
     runs = runs_folder()
-    run = find_run(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}", None, name_or_id)
-    run_id = run.info.run_id
-    description = Path(run.data.tags.get("phisam.folder", str(runs / run_id))) / DESCRIPTION
-    if not description.exists():
-        raise RunError(f"run {run_id}: {description} is missing, so it cannot be resumed from here")
-    config = load(str(description))
+    here = [path.parent.name for path in runs.glob(f"*/{DESCRIPTION}") if path.parent.name.startswith(name_or_id)]
+    if len(here) == 1:  # its description says which MLflow it is in
+        config = load(str(runs / here[0] / DESCRIPTION))
+        run = find_run(tracking_uri(config.tracking, runs), here[0])
+    else:
+        run = find_run(tracking_uri(TrackingConfig(), runs), name_or_id)
+        description = Path(run.data.tags.get("phisam.folder", str(runs / run.info.run_id))) / DESCRIPTION
+        if not description.exists():
+            raise RunError(f"run {run.info.run_id}: {description} is missing, so it cannot be resumed from here")
+        config = load(str(description))
     if run.info.status == "FINISHED":
-        raise RunError(f"run {run_id} ({config.name}) is finished: there is nothing to resume")
+        raise RunError(f"run {run.info.run_id} ({config.name}) is finished: there is nothing to resume")
     dataset = _checked(config)
-    tracker = Tracker.resume(tracking_uri(config.tracking, runs), run_id)
+    fingerprint = run.data.tags.get("data.fingerprint")
+    if fingerprint != dataset.fingerprint:
+        raise RunError(
+            f"run {run.info.run_id} began on data with fingerprint {fingerprint}, but {config.data.name} is "
+            f"{dataset.fingerprint} now: the data files changed, so it cannot go on as if they had not"
+        )
+    tracker = Tracker.resume(tracking_uri(config.tracking, runs), run.info.run_id)
     return _fit(config, dataset, tracker, _checked_resources(config), console)
 
 
@@ -212,7 +222,8 @@ def _true_status(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        with contextlib.suppress(RunError):  # if MLflow is the trouble, the error says so already
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     else:
         tracker.finish("FINISHED")
