@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.train.v2.api.callback import UserCallback
 
-from ray_jobs.errors import RunError
+from ray_jobs.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -28,10 +28,15 @@ class EpochCallback(UserCallback):
 
     def after_report(self, run_context: TrainRunContext, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
         """metrics[0] is rank 0's; the checkpoint lies in storage already."""
-        self._board.tell_epoch.remote(metrics[0])
+        self._board.tell_event.remote(metrics[0])
         if self._writer is None:  # here, since a thread does not travel to the controller
             self._writer = EpochWriter(*self._settings)
         self._writer.put(metrics[0])
+
+    def after_exception(self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train starts the workers again, from the newest checkpoint, unless they failed too often."""
+        causes = "; ".join(f"worker {rank}: {first_line(error)[:200]}" for rank, error in worker_exceptions.items())
+        self._board.tell_event.remote(f"workers failed and start again from the newest checkpoint ({causes})")
 
 
 class EpochWriter:

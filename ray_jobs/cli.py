@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -174,8 +175,16 @@ def _train(arguments: argparse.Namespace) -> int:
         else:
             summaries = [train.train(c, console) for c in configs]
     console.print(summary_table(summaries))
-    console.print("\nCurves, models and comparison: phisam ui", highlight=False)
+    console.print(f"\nCurves, models and comparison: {_own_name()} ui", highlight=False)
     return 0
+
+
+def _own_name() -> str:
+    """How this command was called, so that what it tells to type works: phisam, or .venv/bin/phisam."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "phisam" or shutil.which("phisam") == called:
+        return "phisam"
+    return os.path.relpath(called)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -240,6 +249,7 @@ def _set_environment(address: str | None, verbose: bool) -> None:
     if address is None:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every socket of a local Ray on 127.0.0.1
     if not verbose:
+        settings["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"  # what raylets say of dead workers; progress tells it in a line
         settings |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "ALEMBIC_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -21,19 +21,19 @@ class Board:
 
     def __init__(self) -> None:
         self._place: Metrics = {}
-        self._epochs: list[Metrics] = []
+        self._events: list[Metrics | str] = []
 
     def tell(self, **place: Any) -> None:
         """The place inside an epoch: epoch, step, steps, loss, rate (examples/s)."""
         self._place = place
 
-    def tell_epoch(self, metrics: Metrics) -> None:
-        """The metrics of a whole epoch."""
-        self._epochs.append(metrics)
+    def tell_event(self, event: Metrics | str) -> None:
+        """The metrics of a whole epoch, or a line that a person must see."""
+        self._events.append(event)
 
-    def read(self, epochs_seen: int) -> tuple[Metrics, list[Metrics]]:
-        """The newest place, and the epochs that the reader has not seen."""
-        return self._place, self._epochs[epochs_seen:]
+    def read(self, events_seen: int) -> tuple[Metrics, list[Metrics | str]]:
+        """The newest place, and the events that the reader has not seen."""
+        return self._place, self._events[events_seen:]
 
 
 class ProgressView:
@@ -44,14 +44,15 @@ class ProgressView:
         console: Console,
         name: str,
         epochs: int,
-        read: Callable[[int], tuple[Metrics, list[Metrics]]],
+        read: Callable[[int], tuple[Metrics, list[Metrics | str]]],
         interval: float = 0.25,
     ) -> None:
         self._console, self._name, self._epochs = console, name, epochs
         self._read, self._interval = read, interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._seen: list[Metrics] = []
+        self._newest: Metrics = {}  # of the epochs that were told
+        self._events_seen = 0
         self._started: tuple[float, float] | None = None  # time and place of the first word: the ETA starts there
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
@@ -77,19 +78,23 @@ class ProgressView:
 
     def _draw(self) -> None:
         try:
-            place, epochs = self._read(len(self._seen))
+            place, events = self._read(self._events_seen)
         except Exception:  # the board is gone: its cluster ends, and the driver will say why
             self._stop.set()
             return
-        for metrics in epochs:
-            self._seen.append(metrics)
+        self._events_seen += len(events)
+        for event in events:
+            if isinstance(event, str):
+                self._console.print(f"{self._name}: {event}", highlight=False)
+                continue
+            self._newest = event
             if not self._live:
-                self._console.print(f"{self._name}: {epoch_line(metrics, self._epochs)}", highlight=False)
-        if self._live and (place or self._seen):
+                self._console.print(f"{self._name}: {epoch_line(event, self._epochs)}", highlight=False)
+        if self._live and (place or self._newest):
             self._live.update(Text(f"{self._name}  {self._live_line(place)}"))
 
     def _live_line(self, place: Metrics) -> str:
-        newest = self._seen[-1] if self._seen else {}
+        newest = self._newest
         done = float(newest.get("epoch", 0))
         parts = []
         if place and place["epoch"] >= done:

@@ -114,8 +114,8 @@ def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, c
             ),
         )
 
-        def read(epochs_seen: int) -> tuple[Metrics, list[Metrics]]:
-            word: tuple[Metrics, list[Metrics]] = ray.get(board.read.remote(epochs_seen), timeout=10)
+        def read(events_seen: int) -> tuple[Metrics, list[Metrics | str]]:
+            word: tuple[Metrics, list[Metrics | str]] = ray.get(board.read.remote(events_seen), timeout=10)
             return word
 
         with ProgressView(console, config.name, config.training.epochs, read):

@@ -31,19 +31,20 @@ def test_plain_lines_once_for_each_epoch() -> None:
     board = Board()
     output = io.StringIO()
     with ProgressView(Console(file=output, width=100), "run", 2, board.read, interval=0.01):
-        board.tell_epoch(metrics(1))
-        board.tell_epoch(metrics(2))
+        board.tell_event(metrics(1))
+        board.tell_event("workers failed")
+        board.tell_event(metrics(2))
     lines = output.getvalue().splitlines()
     assert lines[0] == "run: starting workers"
-    assert [line.split("  ")[0] for line in lines[1:]] == ["run: epoch 1/2", "run: epoch 2/2"]
-    assert lines[2] == "run: epoch 2/2  loss 0.5000  val acc 50.00%  1,234 examples/s"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["run: epoch 1/2", "run: workers failed", "run: epoch 2/2"]
+    assert lines[3] == "run: epoch 2/2  loss 0.5000  val acc 50.00%  1,234 examples/s"
 
 
 def test_the_live_line_says_place_loss_accuracy_rate_and_eta() -> None:
     view = ProgressView(Console(file=io.StringIO(), force_terminal=True), "run", 10, Board().read)
     first = view._live_line({"epoch": 0, "step": 1, "steps": 4, "loss": 2.0, "rate": 1000.0})
     assert first.startswith("epoch 1/10  step 1/4  loss 2.0000  1,000 examples/s")
-    view._seen.append(metrics(1))
+    view._newest = metrics(1)
     later = view._live_line({"epoch": 1, "step": 3, "steps": 4, "loss": 0.4, "rate": 1000.0})
     assert later.startswith("epoch 2/10  step 3/4  loss 0.4000  val acc 50.00%  1,000 examples/s  ETA ")
 

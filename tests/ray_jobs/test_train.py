@@ -130,6 +130,26 @@ def test_a_driver_that_is_killed_and_resumed_ends_bit_equal(undisturbed: tuple[P
     assert "is finished: there is nothing to resume" in output
 
 
+def test_a_worker_that_is_killed_starts_again_and_the_run_ends_bit_equal(
+    undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
+    process = command(tmp_path, *DESCRIPTION)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "epoch 3/" in line:
+            os.kill(_workers(process.pid)[0], signal.SIGKILL)
+            break
+    lines += process.communicate(timeout=300)[0].splitlines(keepends=True)
+    assert process.returncode == 0, lines
+    assert sum("workers failed and start again from the newest checkpoint" in line for line in lines) == 1
+    assert not any("raylet" in line for line in lines)
+    home, _ = undisturbed
+    assert_equal(final_state(home), final_state(tmp_path))
+    assert series(tmp_path, "loss/train") == series(home, "loss/train")
+
+
 def assert_equal(left: Any, right: Any, where: str = "state") -> None:
     if isinstance(left, dict):
         assert left.keys() == right.keys(), where
@@ -160,6 +180,11 @@ def _session(session: int) -> list[int]:
         if int(fields[3]) == session and fields[0] != "Z":
             pids.append(int(folder.name))
     return pids
+
+
+def _workers(session: int) -> list[int]:
+    """Ray Train's workers of a session, by the names that Ray gives their processes."""
+    return [pid for pid in _session(session) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture
