@@ -30,6 +30,7 @@ from ray_jobs.callback import EpochCallback
 from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
 from ray_jobs.errors import ConfigError, RunError, first_line
+from ray_jobs.loopback import LoopbackTorchConfig
 from ray_jobs.models import make_model
 from ray_jobs.paths import runs_folder
 from ray_jobs.progress import Board, Metrics, ProgressView, Summary
@@ -100,6 +101,7 @@ def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, c
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+            torch_config=LoopbackTorchConfig() if _only_loopback() else None,
             scaling_config=ScalingConfig(
                 num_workers=config.scaling.num_workers,
                 use_gpu=use_gpu,
@@ -181,6 +183,11 @@ def _checked_resources(config: RunConfig) -> bool:
             f"{workers * config.scaling.cpus_per_worker:g} CPUs, but the cluster has {cpus:g}; lower one of them"
         )
     return bool(use_gpu)
+
+
+def _only_loopback() -> bool:
+    """Whether all of this Ray lives on 127.0.0.1."""
+    return all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def _log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: dict[str, Any]) -> None:
