@@ -72,7 +72,7 @@ class SampleMesh:
 
 @dataclass(frozen=True)
 class ProcessMesh(SampleMesh):
-    """The ranks of the default process group; rank = data_rank * S + sample_rank."""
+    """The ranks of the default process group; rank = data_rank * S + sample_rank. Every method is collective."""
 
     def gather(self, losses: Tensor) -> Tensor:
         everyone = losses.new_empty(self.world_size * len(losses))

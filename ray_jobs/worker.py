@@ -48,20 +48,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    measure = make_measure(config.optimizer)
-    n_points = measure.n_points(config.optimizer.n_samples)
-    mesh = phisam.sample_mesh(n_points, config.optimizer.sample_parallel)
-    optimizer = phisam.PhiSAM(
-        ddp,
-        make_base_optimizer(config.optimizer, model, fused=device.type == "cuda"),
-        measure,
-        rho=config.optimizer.rho,
-        lam=config.optimizer.lam,
-        n_samples=config.optimizer.n_samples,
-        seed=seed,
-        mesh=mesh,
-        scope=config.optimizer.scope,
-    )
+    optimizer = make_optimizer(config, ddp)
+    mesh = optimizer.mesh
 
     history, best, first_epoch = _resume(model, optimizer)
     progress = Progress(settings["board"], config, batches.steps_per_epoch)
@@ -94,7 +82,6 @@ def train_loop(settings: dict[str, Any]) -> None:
         loss_sum, sharpness_sum, steps = totals.tolist()
         validation_loss, validation_accuracy = evaluate(model, dataset.validation, normalize, autocast)
         test_loss, test_accuracy = evaluate(model, dataset.test, normalize, autocast)
-        steps_so_far = (epoch + 1) * batches.steps_per_epoch
         metrics = {
             "epoch": epoch + 1,
             "accuracy/validation": validation_accuracy,
@@ -102,15 +89,9 @@ def train_loop(settings: dict[str, Any]) -> None:
             "loss/train": loss_sum / steps if steps else math.nan,
             "loss/validation": validation_loss,
             "loss/test": test_loss,
-            "lr": optimizer.param_groups[0]["lr"],
-            "rho": optimizer.rho,
-            "lam": optimizer.lam,
-            "strength": optimizer.lam * optimizer.rho**2 if n_points else 0.0,
             "sharpness": sharpness_sum / steps if steps else math.nan,
-            "gradient_evaluations": steps_so_far * optimizer.gradient_evaluations_per_step,
-            "seconds_per_step": seconds / batches.steps_per_epoch,
-            "examples_per_second": training.batch_size * batches.steps_per_epoch / seconds,
-            "skipped_steps": optimizer.skipped_steps,
+            **_settings(optimizer),
+            **_cost(optimizer, training.batch_size, batches.steps_per_epoch, epoch, seconds),
             "timestamp_ms": round(time.time() * 1000),
         }
         history.append(metrics)
@@ -140,6 +121,25 @@ def evaluate(
     dist.all_reduce(sums)
     loss, correct = (sums / len(split)).tolist()
     return loss, correct
+
+
+def make_optimizer(config: RunConfig, model: DistributedDataParallel) -> phisam.PhiSAM:
+    """PhiSAM over the mesh that a description asks for. Collective."""
+    settings = config.optimizer
+    measure = make_measure(settings)
+    mesh = phisam.sample_mesh(measure.n_points(settings.n_samples), settings.sample_parallel)
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    return phisam.PhiSAM(
+        model,
+        make_base_optimizer(settings, model.module, fused=on_cuda),
+        measure,
+        rho=settings.rho,
+        lam=settings.lam,
+        n_samples=settings.n_samples,
+        seed=config.training.seed,
+        mesh=mesh,
+        scope=settings.scope,
+    )
 
 
 def make_measure(config: OptimizerConfig) -> phisam.Measure:
@@ -176,6 +176,29 @@ def learning_rate_factor(schedule: ScheduleConfig, epoch: int, step: int, steps_
             return float(schedule.gamma ** (epoch // schedule.every))
         case "multistep":
             return float(schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones))
+
+
+def _settings(optimizer: phisam.PhiSAM) -> checkpoint.Metrics:
+    """What acts at the end of an epoch; schedules may have moved it."""
+    perturbed = optimizer.gradient_evaluations_per_step > 1
+    return {
+        "lr": optimizer.param_groups[0]["lr"],
+        "rho": optimizer.rho,
+        "lam": optimizer.lam,
+        "strength": optimizer.lam * optimizer.rho**2 if perturbed else 0.0,
+    }
+
+
+def _cost(
+    optimizer: phisam.PhiSAM, batch_size: int, steps_per_epoch: int, epoch: int, seconds: float
+) -> checkpoint.Metrics:
+    """Gradient evaluations and skipped steps since the run began; times of this epoch, evaluation left out."""
+    return {
+        "gradient_evaluations": (epoch + 1) * steps_per_epoch * optimizer.gradient_evaluations_per_step,
+        "skipped_steps": optimizer.skipped_steps,
+        "seconds_per_step": seconds / steps_per_epoch,
+        "examples_per_second": batch_size * steps_per_epoch / seconds,
+    }
 
 
 class Board(Protocol):

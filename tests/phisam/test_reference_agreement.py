@@ -13,7 +13,7 @@ from tests.phisam.cases import CASES, draws, network, phisam_gradient
 RHO, LAM = 0.4, 0.7
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -32,7 +32,7 @@ def paper_gradient(name: str, n: int, rho: float, lam: float) -> Tensor:
 def test_step_equals_algorithms_1_and_2(name: str, n: int, rho: float, lam: float) -> None:
     L, x = network()
     actual = phisam_gradient(L, x, CASES[name].make(), n, rho=rho, lam=lam, seed=4)
-    close(actual, paper_gradient(name, n, rho, lam))
+    assert_close(actual, paper_gradient(name, n, rho, lam))
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -40,7 +40,7 @@ def test_step_equals_algorithm_3(n: int) -> None:
     L, x = network()
     v = draws(phisam.frobenius(), n, len(x), seed=4)
     actual = phisam_gradient(L, x, phisam.frobenius(), n, rho=RHO, lam=LAM, seed=4)
-    close(actual, reference.algorithm_3(L, x, v, RHO, LAM))
+    assert_close(actual, reference.algorithm_3(L, x, v, RHO, LAM))
 
 
 def test_algorithm_3_is_algorithm_2_with_the_unbiased_factor() -> None:
@@ -51,7 +51,7 @@ def test_algorithm_3_is_algorithm_2_with_the_unbiased_factor() -> None:
     biased = reference.algorithm_2(
         L, x, [v, v], RHO, lambda t: 2 * (t[1] - t[0] ** 2), (lambda t: t, lambda t: t**2), LAM * n / (n - 1)
     )
-    close(reference.algorithm_3(L, x, v, RHO, LAM), biased)
+    assert_close(reference.algorithm_3(L, x, v, RHO, LAM), biased)
 
 
 def test_one_noise_per_component_is_algorithm_2_with_draws_of_their_own() -> None:
@@ -61,7 +61,7 @@ def test_one_noise_per_component_is_algorithm_2_with_draws_of_their_own() -> Non
     expected = reference.algorithm_2(
         L, x, [v[0::2], v[1::2]], RHO, lambda t: 2 * (t[1] - t[0] ** 2), (lambda t: t, lambda t: t**2), LAM
     )
-    close(phisam_gradient(L, x, measure, 3, rho=RHO, lam=LAM, seed=4), expected)
+    assert_close(phisam_gradient(L, x, measure, 3, rho=RHO, lam=LAM, seed=4), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,7 +71,7 @@ def test_the_algorithms_are_the_gradient_of_definition_8(name: str) -> None:
     v = draws(case.make(), 4, len(x), seed=4)
     leaf = x.clone().requires_grad_()
     F = reference.sharpness_aware_loss(L, leaf, v, RHO, case.phi, lambda t: tuple(psi(t) for psi in case.psi), LAM)
-    close(torch.autograd.grad(F, leaf)[0], paper_gradient(name, 4, RHO, LAM))
+    assert_close(torch.autograd.grad(F, leaf)[0], paper_gradient(name, 4, RHO, LAM))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,7 +80,7 @@ def test_value_is_the_sharpness_term_of_definition_8(name: str) -> None:
     v = draws(case.make(), 4, len(x), seed=4)
     losses = torch.stack([L(x), *(L(x + RHO * v_i) for v_i in v)])
     F = reference.sharpness_aware_loss(L, x, v, RHO, case.phi, lambda t: tuple(psi(t) for psi in case.psi), LAM)
-    close(losses[0] + LAM * RHO**2 * case.make().value(losses, RHO), F)
+    assert_close(losses[0] + LAM * RHO**2 * case.make().value(losses, RHO), F)
 
 
 @pytest.mark.parametrize("name", [*CASES, "frobenius"])
@@ -92,7 +92,7 @@ def test_rows_and_factors_expand_the_weights(name: str) -> None:
     for e in range(1, 5):
         delta = (losses[e] - losses[0]) / RHO**2
         slopes, log_scale = measure.slopes(delta, e)
-        close(measure.factors(losses, RHO, LAM, log_scale) @ slopes, weights[e])
+        assert_close(measure.factors(losses, RHO, LAM, log_scale) @ slopes, weights[e])
 
 
 def test_sgd_is_the_gradient() -> None:

@@ -53,8 +53,9 @@ def test_a_board_that_is_gone_ends_the_drawing_and_not_the_driver() -> None:
     def gone(_: int) -> Any:
         raise ConnectionError
 
-    with ProgressView(Console(file=io.StringIO()), "run", 2, gone, interval=0.01):
-        pass
+    with ProgressView(Console(file=io.StringIO()), "run", 2, gone, interval=0.01) as view:
+        view._thread.join(timeout=5)
+        assert not view._thread.is_alive()
 
 
 def test_the_table_fits_80_columns_and_shows_strength_beside_rho_and_lam() -> None:
