@@ -266,7 +266,8 @@ class PhiSAM(Optimizer):
     def sync_buffers(self) -> None:
         """Collective: every rank gets the buffers of rank 0, which point 0 has moved (BatchNorm's statistics).
 
-        Buffers do not travel during steps. Call it before ranks other than 0 evaluate the model or save it.
+        Buffers do not travel during steps. Call it before ranks other than 0 evaluate the model or save it; and after
+        every step if the training forward reads buffers that it changes (spectral normalisation; not BatchNorm).
         """
         self.mesh.broadcast(list(self.model.buffers()))
 

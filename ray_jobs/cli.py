@@ -124,7 +124,7 @@ def _add_ui(commands: Any) -> None:
         """\
 Starts MLflow's server on 127.0.0.1 over $PHISAM_HOME, else ./runs, until Ctrl-C.""",
     )
-    parser.add_argument("--port", type=_positive, default=5000)
+    parser.add_argument("--port", type=_port, default=5000)
 
 
 def _command(
@@ -147,6 +147,13 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return value
+
+
+def _port(text: str) -> int:
+    value = _positive(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: they end at 65535")
     return value
 
 

@@ -130,10 +130,10 @@ def find_run(uri: str, name_or_id: str) -> Run:
     Raises:
         RunError: there is none, or several.
     """
-    client = MlflowClient(uri)
-    with _asked(uri, "list its runs"):
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(experiments, max_results=10_000)
+    runs: Sequence[Run] = []
+    store = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:") or store.exists():  # a look must not make a store
+        runs = _runs(uri)
     found = [run for run in runs if run.info.run_id.startswith(name_or_id)] if len(name_or_id) >= 8 else []
     found = found or [run for run in runs if run.info.run_name == name_or_id]
     if not found:
@@ -142,6 +142,13 @@ def find_run(uri: str, name_or_id: str) -> Run:
         ids = ", ".join(run.info.run_id for run in found[:5])
         raise RunError(f"{len(found)} runs are called {name_or_id!r}; say which by its id: {ids}")
     return found[0]
+
+
+def _runs(uri: str) -> Sequence[Run]:
+    client = MlflowClient(uri)
+    with _asked(uri, "list its runs"):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        return client.search_runs(experiments, max_results=10_000)
 
 
 def parameters(config: RunConfig) -> dict[str, str | float]:

@@ -66,6 +66,12 @@ def test_ui_without_runs_says_what_to_do(
     assert "does not exist: train a run first" in capsys.readouterr().err
 
 
+def test_a_port_beyond_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["ui", "--port", "70000"])
+    assert "'70000' is no port" in capsys.readouterr().err
+
+
 def test_num_workers_must_be_a_count(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "digits-sgd", "--num-workers", "0"])

@@ -254,3 +254,4 @@ def test_resume_of_what_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RunError, match="no run 'nothing' in MLflow"):
         train.resume("nothing", Console())
+    assert not list(tmp_path.iterdir())
