@@ -38,11 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         if getattr(arguments, "verbose", False):
             raise
-        print(f"phisam: {error}", file=sys.stderr)
+        print("\n".join([f"phisam: {error}", *_notes(error)]), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("phisam: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("\n".join(["phisam: interrupted", *_notes(error)]), file=sys.stderr)
         return 130
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What else there is to say of an error, such as how to go on."""
+    return [f"  {note}" for note in getattr(error, "__notes__", [])]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,12 +182,16 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console()
     most_workers = max((c.scaling.num_workers for c in configs), default=16)
     with train.connected(arguments.address, most_workers, arguments.verbose):
-        if arguments.resume:
-            summaries = [train.resume(arguments.resume, console)]
-        else:
-            summaries = [train.train(c, console) for c in configs]
-    console.print(summary_table(summaries))
-    console.print(f"\nCurves, models and comparison: {_own_name()} ui", highlight=False)
+        summaries = []
+        try:
+            if arguments.resume:
+                summaries.append(train.resume(arguments.resume, console))
+            for described in configs:
+                summaries.append(train.train(described, console))  # noqa: PERF401  (what is done must stay)
+        finally:  # a run that fails takes nothing from those before it
+            if summaries:
+                console.print(summary_table(summaries))
+                console.print(f"\nCurves, models and comparison: {_own_name()} ui", highlight=False)
     return 0
 
 
@@ -250,6 +259,7 @@ def _set_environment(address: str | None, verbose: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train looks for reports every 2 s otherwise
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is said after seconds, not four minutes
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }

@@ -79,8 +79,7 @@ class ProgressView:
     def _draw(self) -> None:
         try:
             place, events = self._read(self._events_seen)
-        except Exception:  # the board is gone: its cluster ends, and the driver will say why
-            self._stop.set()
+        except Exception:  # a board that does not answer yet, or no more: the driver will say why
             return
         self._events_seen += len(events)
         for event in events:

@@ -8,6 +8,7 @@ gives Ray Train the same name and storage, and MLflow the same run.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -94,8 +95,8 @@ def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, c
     """Trains to the end, whatever was done before; leaves MLflow with a true status."""
     started = time.monotonic()
     folder = _storage(config) / tracker.run_id
-    tracker.set_tags({"phisam.folder": str(folder)})
-    with _true_status(tracker):
+    with _alone(folder), _true_status(tracker, folder):
+        tracker.set_tags({"phisam.folder": str(folder)})
         tracker.reconcile(_history(folder))
         board: Any = ray.remote(num_cpus=0)(Board).remote()
         trainer = TorchTrainer(
@@ -134,15 +135,20 @@ def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, c
 
 
 def _run(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's own error in place of a traceback through Ray."""
+    """`fit`, with a worker's own error in place of a traceback through Ray, and Ctrl-C as everywhere in Python."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
+    except SystemExit:  # Ray's way out of Ctrl-C
+        raise KeyboardInterrupt from None
     except WorkerGroupError as error:
         raise _told(next(iter(error.worker_failures.values()), error)) from error
     except ControllerError as error:
         raise _told(error.controller_failure) from error
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise _told(error) from error
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # Ray's handler would stay, and swallow Ctrl-C from here on
 
 
 def _told(error: BaseException) -> Exception:
@@ -219,8 +225,23 @@ def _storage(config: RunConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _true_status(tracker: Tracker) -> Iterator[None]:
-    """FINISHED at the end, KILLED on Ctrl-C and SIGTERM, FAILED on any error."""
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a run's folder; the lock ends with this process, however it ends.
+
+    Raises:
+        RunError: another process trains the run.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"run {folder.name} is being trained by another process already") from None
+        yield
+
+
+@contextlib.contextmanager
+def _true_status(tracker: Tracker, folder: Path) -> Iterator[None]:
+    """FINISHED at the end, KILLED on Ctrl-C and SIGTERM, FAILED on any error, with the epochs that were trained."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -229,7 +250,10 @@ def _true_status(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not isinstance(error, ConfigError):
+            error.add_note(f"to go on with it: phisam train --resume {tracker.run_id}")
         with contextlib.suppress(RunError):  # if MLflow is the trouble, the error says so already
+            tracker.reconcile(_history(folder))
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     else:
