@@ -76,8 +76,8 @@ class Rows:
         return not self._rows
 
     def add_unperturbed(self, gradients: Gradients) -> None:
-        """grad L_0. Takes the tensors over."""
-        self._point_0 = list(gradients)
+        """grad L_0. A copy: autograd may give two parameters one tensor, or an expanded one."""
+        self._point_0 = [None if g is None else g.clone() for g in gradients]
 
     def add(self, gradients: Gradients, slopes: Tensor, log_scale: Tensor | None) -> None:
         """slope_l * gradient to each row l; slopes (m,), log_scale a scalar or None for 0."""

@@ -22,26 +22,24 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._owners = [
-            (module, name, buffer, buffer.clone())
+            (module, name, buffer, None if buffer is None else buffer.clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
-        self._after_point_0: list[Tensor] | None = None
+        self._after_point_0: list[Tensor | None] | None = None
 
     @torch.no_grad()
     def rewind(self) -> None:
         """The values, and the tensor objects, of before the step."""
         for module, name, buffer, before in self._owners:
             module._buffers[name] = buffer  # a forward may have assigned another tensor to the name
-            buffer.copy_(before)
+            if buffer is not None and before is not None:
+                buffer.copy_(before)
 
     def keep(self) -> None:
         """Call after the evaluation of point 0: what `settle` is to leave in the model."""
-        self._after_point_0 = [
-            value.clone() if isinstance(value := module._buffers[name], Tensor) else before
-            for module, name, _, before in self._owners
-        ]
+        after = (module._buffers[name] for module, name, _, _ in self._owners)
+        self._after_point_0 = [None if value is None else value.clone() for value in after]
 
     @torch.no_grad()
     def settle(self, taken: Tensor) -> None:
@@ -51,8 +49,11 @@ class Buffers:
         """
         self.rewind()
         if self._after_point_0 is not None:
-            for (_, _, buffer, before), after in zip(self._owners, self._after_point_0, strict=True):
-                buffer.copy_(torch.where(taken, after, before))
+            for (module, name, buffer, before), after in zip(self._owners, self._after_point_0, strict=True):
+                if buffer is None or before is None or after is None or after.shape != before.shape:
+                    module._buffers[name] = after  # made, dropped or resized in the forward: no value to go back to
+                else:
+                    buffer.copy_(torch.where(taken, after, before))
 
 
 @contextmanager

@@ -101,6 +101,8 @@ class Measure:
 
         losses[0] is L(x), losses[e] is L(x + rho v_e). Equations: Algorithms 1 to 3 and section 3 of the docs.
         """
+        if lam == 0:  # also where R_rho overflows
+            return (torch.arange(len(losses), device=losses.device) == 0).to(losses.dtype)
         with torch.enable_grad():
             L = losses.detach().double().requires_grad_()
             F = L[0] + lam * rho**2 * self._value(_delta(L, rho))
@@ -160,7 +162,7 @@ class Measure:
         return torch.stack([self._vector(self.psi(delta_i)) for delta_i in delta])
 
     def _vector(self, psi: Tensor | Sequence[Tensor]) -> Tensor:
-        parts = [psi] if isinstance(psi, Tensor) else list(psi)
+        parts = [psi] if isinstance(psi, Tensor) else list(psi) if isinstance(psi, Sequence) else []
         if not parts or not all(isinstance(part, Tensor) for part in parts):
             raise ValueError(f"{self.name}: psi must return a tensor or a sequence of tensors, got {psi!r}")
         return torch.cat([part.reshape(-1) for part in parts])
@@ -188,12 +190,13 @@ class _Frobenius(Measure):
         return super().n_points(n_samples)
 
     def _phi(self, t: Tensor, n: int) -> Tensor:
-        same_draws = len(self.noises) == 1  # else t_1 and t_2 are independent, as Algorithm 2 has it
-        return super()._phi(t, n) * (n / (n - 1) if self.unbiased and same_draws else 1.0)
+        return super()._phi(t, n) * (n / (n - 1) if self.unbiased else 1.0)
 
     def _value(self, delta: Tensor) -> Tensor:
         if len(self.noises) > 1:
             return super()._value(delta)
+        if self.unbiased and len(delta) < 2:
+            self.n_points(len(delta))
         # 2 (mean delta^2 - (mean delta)^2) without its cancellation.
         return 2 * delta.var(correction=int(self.unbiased))
 
@@ -215,6 +218,11 @@ class _Exponential(Measure):
         self.sigma = sigma
         self.phi_of_log = phi_of_log
 
+    def n_points(self, n_samples: int) -> int:
+        if len(self.noises) > 1:
+            raise ValueError(f"{self.name}: {len(self.noises)} noises, but psi has one component: give one noise")
+        return super().n_points(n_samples)
+
     def slopes(self, delta: Tensor, point: int) -> tuple[Tensor, Tensor | None]:
         delta = delta.detach().double()
         return torch.full_like(delta, self.sigma)[None], self.sigma * delta
@@ -225,7 +233,8 @@ class _Exponential(Measure):
         with torch.enable_grad():
             u = _log_mean_exp(x).requires_grad_()
             slope = _derivative(self.phi_of_log(u), u)
-        return (lam * slope * torch.exp(log_scale - torch.logsumexp(x, 0)))[None]
+        factor = lam * slope * torch.exp(log_scale - torch.logsumexp(x, 0))
+        return factor[None] if lam else torch.zeros_like(factor)[None]
 
     def _value(self, delta: Tensor) -> Tensor:
         return self.phi_of_log(_log_mean_exp(self.sigma * delta))
@@ -327,7 +336,7 @@ def _derivative(y: Tensor, t: Tensor) -> Tensor:
 
 
 def _noises(noise: Noise | Sequence[Noise]) -> tuple[Noise, ...]:
-    noises = (noise,) if isinstance(noise, Noise) else tuple(noise)
+    noises = (noise,) if isinstance(noise, Noise) else tuple(noise) if isinstance(noise, Sequence) else (noise,)
     if not all(isinstance(part, Noise) for part in noises):
         raise TypeError(f"noise must be a phisam noise (phisam.gaussian(), ...) or a list of them, got {noise!r}")
     return noises

@@ -24,7 +24,7 @@ from phisam.gradient import Perturbation, Rows
 from phisam.guards import Buffers, Monitor, checked_loss, same_randomness
 from phisam.measures import Measure
 from phisam.noise import Noise, key
-from phisam.sharding import LossExchange, SampleMesh, Scope, local_forward, reducing_forward
+from phisam.sharding import LossExchange, SampleMesh, Scope, local_forward, reduces_in_backward, reducing_forward
 
 Closure = Callable[[], Tensor]
 
@@ -62,6 +62,7 @@ class PhiSAM(Optimizer):
         seed: of the noise and of the dropout masks inside steps.
         mesh: `phisam.sample_mesh(...)` in a process group; None for one process.
         scope: "global": L_e is the mean over the data ranks; "shard": each data rank weighs its own losses.
+        max_grad_norm: clips the norm of g, once, after the points were combined and the ranks reduced.
 
     Parameters must be float32 or float64, of one dtype on one device. torch's random generators inside closures
     are keyed by (seed, step, data rank); outside they are untouched. If a loss or gradient is inf or NaN the step
@@ -84,7 +85,16 @@ class PhiSAM(Optimizer):
         seed: int = 0,
         mesh: SampleMesh | None = None,
         scope: Scope = "global",
+        max_grad_norm: float | None = None,
     ) -> None:
+        if not isinstance(measure, Measure):
+            raise ValueError(f"measure must be a phisam.Measure, such as phisam.frobenius(), got {measure!r}")
+        if not isinstance(n_samples, int):
+            raise ValueError(f"n_samples must be an integer, got {n_samples!r}")
+        if isinstance(base_optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
         if scope not in ("global", "shard"):
             raise ValueError(f'scope must be "global" or "shard", got {scope!r}')
         self.model = model
@@ -96,10 +106,13 @@ class PhiSAM(Optimizer):
         self.scope = scope
         self.rho = rho
         self.lam = lam
-        measure.n_points(n_samples)
+        self.max_grad_norm = max_grad_norm
+        # A phi or psi that does not work is said now, not in a step where other ranks would wait for ever.
+        self.measure.weights(torch.zeros(self.measure.n_points(n_samples) + 1), self.rho, 1.0)
         _check_mesh(model, self.mesh)
         self._parameters: list[nn.Parameter] = []
-        super().__init__(base_optimizer.param_groups, {})
+        self._layout: list[tuple[int, torch.dtype, torch.device, torch.Size]] = []
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._lay_out()
         self._monitor = Monitor(self._parameters[0].device)
         self._step = 0
@@ -114,7 +127,7 @@ class PhiSAM(Optimizer):
 
     @rho.setter
     def rho(self, rho: float) -> None:
-        if not (math.isfinite(rho) and rho > 0):
+        if not (math.isfinite(rho) and rho > 0 and 0 < rho * rho < math.inf):
             raise ValueError(
                 f"rho must be a positive finite number, got {rho!r}; for no perturbation use measure=phisam.sgd()"
             )
@@ -175,6 +188,8 @@ class PhiSAM(Optimizer):
             with same_randomness(taken.device) as restart:
                 losses, weights, finite = self._accumulate_gradient(closure, buffers, restart)
             taken = finite & _all_finite([p.grad for p in self._parameters])
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         finally:
             self._perturbation.release()
             buffers.settle(taken)
@@ -194,7 +209,7 @@ class PhiSAM(Optimizer):
         last = mesh.rounds(n_points) - 1
         exchange = LossExchange(mesh, n_points, self.scope)
         rows = Rows(len(self._parameters))
-        for p in self._parameters:
+        for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
             p.grad = None
 
         for round in range(last):
@@ -224,7 +239,7 @@ class PhiSAM(Optimizer):
         weight = weights[point] if mine else torch.zeros_like(weights[0])
         with torch.enable_grad():
             (loss * (mesh.sample_size * weight).to(loss.dtype)).backward()  # type: ignore[no-untyped-call]
-        if not isinstance(self.model, DistributedDataParallel):
+        if not reduces_in_backward(self.model):
             mesh.reduce_gradients(self._parameters)
         return exchange.losses, weights, exchange.finite
 
@@ -253,7 +268,11 @@ class PhiSAM(Optimizer):
     def _base_step(self, taken: Tensor) -> None:
         """The base optimizer's step, unless the step is skipped."""
         base = self.base_optimizer
-        if getattr(base, "_step_supports_amp_scaling", False):  # torch's fused optimizers skip on the device
+        # torch's fused optimizers skip on the device; but their first step must not be skipped there, since fused SGD
+        # makes its momentum in that step and would keep it uninitialised.
+        has_momentum = any(group.get("momentum") for group in self.param_groups)
+        started = not has_momentum or all(p in base.state for p in self._parameters if p.grad is not None)
+        if started and getattr(base, "_step_supports_amp_scaling", False):
             base.found_inf = (~taken).float()  # type: ignore[attr-defined]
             base.grad_scale = None  # type: ignore[attr-defined]
             try:
@@ -312,13 +331,17 @@ class PhiSAM(Optimizer):
         for group in self.param_groups:
             group.setdefault("rho_scale", 1.0)
         parameters = _trained_parameters(self.model, self.base_optimizer)
-        if [id(p) for p in parameters] != [id(p) for p in self._parameters]:
+        layout = [(id(p), p.dtype, p.device, p.shape) for p in parameters]
+        if layout != self._layout:
+            self._layout = layout
             _check_tensors(self.model, parameters)
             self._parameters = parameters
             self._perturbation = Perturbation(parameters)
 
 
 def _all_finite(gradients: Sequence[Tensor | None]) -> Tensor:
+    if all(g is None for g in gradients):
+        raise ValueError("the loss depends on no parameter of the base optimizer")
     # One fused pass; a square that overflows counts as inf, as it would in Adam's second moment.
     norms = torch._foreach_norm([g for g in gradients if g is not None])
     return torch.isfinite(torch.stack(norms)).all()
@@ -363,10 +386,20 @@ def _check_tensors(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None
 def _check_mesh(model: nn.Module, mesh: SampleMesh) -> None:
     """Raises ValueError unless the mesh covers the process group."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if isinstance(model, DistributedDataParallel) and mesh.world_size == 1 < processes:
+    wrapped = model.process_group.size() if isinstance(model, DistributedDataParallel) else mesh.world_size
+    if mesh.world_size == 1 < wrapped:
         raise ValueError(
-            f"the model is DDP-wrapped over {processes} processes but mesh is None, so each would weigh its own losses "
+            f"the model is DDP-wrapped over {wrapped} processes but mesh is None, so each would weigh its own losses "
             "and the replicas would diverge: pass mesh=phisam.sample_mesh(n_samples)"
+        )
+    if wrapped != mesh.world_size:
+        raise ValueError(
+            f"the model is DDP-wrapped over {wrapped} processes, but the mesh has {mesh.world_size}: wrap it over the "
+            "default process group"
+        )
+    if mesh.sample_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm averages over ranks that evaluate different points: use BatchNorm, or sample_parallel=1"
         )
     if mesh.world_size not in (1, processes):
         raise ValueError(

@@ -186,17 +186,39 @@ class LossExchange:
         return torch.stack(self._finite).all()
 
 
+def reduces_in_backward(model: nn.Module) -> bool:
+    """Whether the last backward all-reduces by itself: DDP's does.
+
+    Not with find_unused_parameters: DDP would leave a parameter out that only earlier points of the step have used.
+    """
+    return isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+
+
 @contextmanager
 def reducing_forward(model: nn.Module) -> Iterator[None]:
-    """Forwards go through DDP and arm its all-reduce; its broadcast of buffers, one more collective, is left out."""
-    if not isinstance(model, DistributedDataParallel):
-        yield
+    """The forward goes through DDP and arms its all-reduce; its broadcast of buffers, one more collective, is left out.
+
+    Raises:
+        ValueError: DDP's forward was not called.
+    """
+    if not reduces_in_backward(model):
+        with local_forward(model):
+            yield
         return
+    assert isinstance(model, DistributedDataParallel)
+    called: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda *_: called.append(True))
     broadcast_buffers, model.broadcast_buffers = model.broadcast_buffers, False
     try:
         yield
     finally:
+        hook.remove()
         model.broadcast_buffers = broadcast_buffers
+    if not called:
+        raise ValueError(
+            "PhiSAM got the DDP-wrapped model, but the closure calls the module inside it, so that gradients would not "
+            "be reduced and the replicas would diverge: call the wrapper in the closure"
+        )
 
 
 @contextmanager

@@ -180,12 +180,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from ray_jobs.progress import summary_table
 
     console = Console()
-    most_workers = max((c.scaling.num_workers for c in configs), default=16)
+    going_on = [train.unfinished(arguments.resume)] if arguments.resume else []
+    most_workers = max(c.scaling.num_workers for c in [*configs, *(run.config for run in going_on)])
     with train.connected(arguments.address, most_workers, arguments.verbose):
         summaries = []
         try:
-            if arguments.resume:
-                summaries.append(train.resume(arguments.resume, console))
+            for run in going_on:
+                summaries.append(train.resume(run, console))  # noqa: PERF401  (what is done must stay)
             for described in configs:
                 summaries.append(train.train(described, console))  # noqa: PERF401  (what is done must stay)
         finally:  # a run that fails takes nothing from those before it

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import warnings
@@ -53,9 +54,13 @@ class Tracker:
         tags = {**tags, "mlflow.note.content": config.description, **config.tracking.tags}
         with _asked(uri, "start a run"):
             experiment_id = _experiment(client, config.tracking.experiment, runs if uri.startswith("sqlite:") else None)
-            run_id = client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
-            client.log_batch(run_id, params=settings)
-            client.log_text(run_id, dump_yaml(config), "run.yaml")
+            run_id = client.create_run(experiment_id, run_name=config.name).info.run_id
+            try:
+                client.log_batch(run_id, params=settings, tags=[RunTag(key, value) for key, value in tags.items()])
+                client.log_text(run_id, dump_yaml(config), "run.yaml")
+            except MlflowException:
+                client.set_terminated(run_id, "FAILED")
+                raise
         return cls(uri, run_id)
 
     @classmethod
@@ -207,7 +212,8 @@ def _asked(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise RunError(f"MLflow at {uri} was asked to {what}, but: {first_line(error)}") from error
+        shown = re.sub("//[^/@]*@", "//***@", uri)  # a password may stand there
+        raise RunError(f"MLflow at {shown} was asked to {what}, but: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

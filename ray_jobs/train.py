@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,49 +53,71 @@ def train(config: RunConfig, console: Console) -> Summary:
     dataset = _checked(config)
     use_gpu = _checked_resources(config)
     runs = runs_folder()
-    runs.mkdir(parents=True, exist_ok=True)
+    storage = config.checkpoint.storage or runs
+    for folder in (runs, storage):
+        _made(folder)
     tags = {**provenance(dataset.fingerprint), "device": "cuda" if use_gpu else "cpu"}
     tracker = Tracker.start(tracking_uri(config.tracking, runs), runs, config, tags)
-    folder = _storage(config) / tracker.run_id
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(storage / tracker.run_id)
     (folder / DESCRIPTION).write_text(dump_yaml(config), encoding="utf-8")
-    return _fit(config, dataset, tracker, use_gpu, console)
+    return _fit(config, dataset, tracker, folder, use_gpu, console)
 
 
-def resume(name_or_id: str, console: Console) -> Summary:
-    """Goes on from the newest checkpoint of a run and ends as the undisturbed run would, bit for bit.
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that can go on: its description, its MLflow run, and the folder with its checkpoints."""
+
+    config: RunConfig
+    run_id: str
+    fingerprint: str | None
+    folder: Path
+
+
+def unfinished(name_or_id: str) -> Unfinished:
+    """The run that `--resume` names.
 
     Raises:
         RunError: there is no such run, its files are gone, or it is finished.
     """
     runs = runs_folder()
-    here = [path.parent.name for path in runs.glob(f"*/{DESCRIPTION}") if path.parent.name.startswith(name_or_id)]
-    if len(here) == 1:  # its description says which MLflow it is in
-        config = load(str(runs / here[0] / DESCRIPTION))
-        run = find_run(tracking_uri(config.tracking, runs), here[0])
+    here = [path.parent for path in runs.glob(f"*/{DESCRIPTION}") if path.parent.name.startswith(name_or_id)]
+    if len(name_or_id) >= 8 and len(here) == 1:  # its description says which MLflow it is in
+        folder = here[0]
+        run = find_run(tracking_uri(load(str(folder / DESCRIPTION)).tracking, runs), folder.name)
     else:
         run = find_run(tracking_uri(TrackingConfig(), runs), name_or_id)
-        description = Path(run.data.tags.get("phisam.folder", str(runs / run.info.run_id))) / DESCRIPTION
-        if not description.exists():
-            raise RunError(f"run {run.info.run_id}: {description} is missing, so it cannot be resumed from here")
-        config = load(str(description))
+        folder = Path(run.data.tags.get("phisam.folder", str(runs / run.info.run_id)))
+    if not (folder / DESCRIPTION).exists():
+        raise RunError(f"run {run.info.run_id}: {folder / DESCRIPTION} is missing, so it cannot be resumed from here")
+    config = load(str(folder / DESCRIPTION))
     if run.info.status == "FINISHED":
         raise RunError(f"run {run.info.run_id} ({config.name}) is finished: there is nothing to resume")
+    return Unfinished(config, run.info.run_id, run.data.tags.get("data.fingerprint"), folder)
+
+
+def resume(run: Unfinished, console: Console) -> Summary:
+    """Goes on from the newest checkpoint of a run and ends as the undisturbed run would, bit for bit.
+
+    Raises:
+        RunError: the data changed, or the run failed.
+    """
+    config = run.config
     dataset = _checked(config)
-    fingerprint = run.data.tags.get("data.fingerprint")
-    if fingerprint != dataset.fingerprint:
+    use_gpu = _checked_resources(config)
+    if run.fingerprint != dataset.fingerprint:
         raise RunError(
-            f"run {run.info.run_id} began on data with fingerprint {fingerprint}, but {config.data.name} is "
+            f"run {run.run_id} began on data with fingerprint {run.fingerprint}, but {config.data.name} is "
             f"{dataset.fingerprint} now: the data files changed, so it cannot go on as if they had not"
         )
-    tracker = Tracker.resume(tracking_uri(config.tracking, runs), run.info.run_id)
-    return _fit(config, dataset, tracker, _checked_resources(config), console)
+    tracker = Tracker.resume(tracking_uri(config.tracking, runs_folder()), run.run_id)
+    return _fit(config, dataset, tracker, run.folder, use_gpu, console)
 
 
-def _fit(config: RunConfig, dataset: Dataset, tracker: Tracker, use_gpu: bool, console: Console) -> Summary:
+def _fit(
+    config: RunConfig, dataset: Dataset, tracker: Tracker, folder: Path, use_gpu: bool, console: Console
+) -> Summary:
     """Trains to the end, whatever was done before; leaves MLflow with a true status."""
     started = time.monotonic()
-    folder = _storage(config) / tracker.run_id
     with _alone(folder), _true_status(tracker, folder):
         tracker.set_tags({"phisam.folder": str(folder)})
         tracker.reconcile(_history(folder))
@@ -177,11 +200,11 @@ def _checked_resources(config: RunConfig) -> bool:
     """
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
-    use_gpu = gpus >= workers if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
-    if use_gpu and gpus < workers:
+    use_gpu = gpus > 0 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
+    if use_gpu and gpus < workers:  # with auto too: a run meant for GPUs must not train on CPUs unasked
         raise ConfigError(
-            f"scaling.num_workers = {workers} with scaling.use_gpu = true needs {workers} GPUs, but the cluster has "
-            f"{gpus:g}; lower num_workers, or set use_gpu: auto"
+            f"scaling.num_workers = {workers} on GPUs needs {workers} of them, but the cluster has {gpus:g}; lower "
+            "num_workers, or set scaling.use_gpu: false"
         )
     if cpus < workers * config.scaling.cpus_per_worker:
         raise ConfigError(
@@ -199,7 +222,7 @@ def _only_loopback() -> bool:
 def _log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: dict[str, Any]) -> None:
     """The last model, and the best by validation, as MLflow models on the CPU."""
     dtype = torch.float64 if config.training.precision == "float64" else torch.float32
-    example = dataset.normalizer(dtype)(dataset.validation.images[:2])
+    example = dataset.normalizer(dtype)(dataset.validation.images[:1].repeat(2, 1, 1, 1))  # 2: a batch of any size
     best = state["best"]
     for name, weights, epoch in (("last", state["model"], state["epoch"]), ("best", best["model"], best["epoch"])):
         model = make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed).to(dtype)
@@ -209,19 +232,29 @@ def _log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: di
 
 
 def _history(folder: Path) -> list[checkpoint.Metrics]:
-    """Metrics of the epochs behind the newest checkpoint that Ray Train registered; none for a fresh run."""
+    """Metrics of the epochs behind the newest checkpoint that Ray Train registered; none for a fresh run.
+
+    Raises:
+        RunError: Ray Train's list of checkpoints, or the newest of them, cannot be read.
+    """
+    if not (folder / "checkpoint_manager_snapshot.json").exists():
+        return []
     try:
         newest = ray.train.Result.from_path(str(folder)).checkpoint
-    except (RuntimeError, FileNotFoundError, OSError):
-        return []
+    except Exception as error:  # Ray raises what its JSON reader raises, and more
+        raise RunError(f"{folder}: the list of checkpoints cannot be read ({first_line(error)})") from error
     if newest is None:
         return []
     with newest.as_directory() as directory:
         return checkpoint.load_history(Path(directory))
 
 
-def _storage(config: RunConfig) -> Path:
-    return config.checkpoint.storage or runs_folder()
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made ({error.strerror}): set checkpoint.storage or PHISAM_HOME") from None
+    return folder
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Read `train_loop` top to bottom: data, model, optimizer, then epochs of steps, a
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -38,6 +39,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     dtype = torch.float64 if training.precision == "float64" else torch.float32
     torch.backends.cudnn.deterministic = True  # a resumed run must end with the weights of an undisturbed one
+    torch.backends.cudnn.allow_tf32 = False  # delta divides differences of losses by rho^2: float32 must be float32
 
     dataset = load_dataset(config.data, seed).to(device)
     normalize = _with_memory_format(dataset.normalizer(dtype), training.channels_last)
@@ -52,6 +54,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     mesh = optimizer.mesh
 
     history, best, first_epoch = _resume(model, optimizer)
+    if dist.get_rank() == 0:
+        logging.getLogger("phisam").addHandler(ToBoard(settings["board"]))
     progress = Progress(settings["board"], config, batches.steps_per_epoch)
     autocast = _autocast(config, device)
 
@@ -75,11 +79,11 @@ def train_loop(settings: dict[str, Any]) -> None:
             finite = torch.isfinite(numbers).all()
             totals += torch.cat([numbers.where(finite, 0), finite.double()[None]])
             progress.tell(epoch, step, totals)
-        seconds = time.perf_counter() - started
-
-        optimizer.sync_buffers()
         dist.all_reduce(totals)  # with scope = "shard" each data rank has losses of its own
         loss_sum, sharpness_sum, steps = totals.tolist()
+        seconds = time.perf_counter() - started  # the device is done now
+
+        optimizer.sync_buffers()
         validation_loss, validation_accuracy = evaluate(model, dataset.validation, normalize, autocast)
         test_loss, test_accuracy = evaluate(model, dataset.test, normalize, autocast)
         metrics = {
@@ -205,6 +209,18 @@ class Board(Protocol):
     """A Ray actor handle that takes progress; see `progress.py`."""
 
     tell: Any
+    tell_event: Any
+
+
+class ToBoard(logging.Handler):
+    """Brings the optimizer's warnings, of skipped steps or a negative w_0, to the person at the terminal."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__(logging.WARNING)
+        self._board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._board.tell_event.remote(f"warning: {record.getMessage()}")
 
 
 class Progress:

@@ -395,7 +395,84 @@ def test_rows_of_exponential_slopes_survive_losses_that_overflow() -> None:
     assert float(x.grad) == pytest.approx(0.5 * 1.0 + 0.5 * 100.0)
 
 
+def test_a_skipped_first_step_of_a_fused_optimizer_leaves_no_garbage_behind() -> None:
+    """torch's fused SGD makes its momentum in the first step, and would keep it uninitialised if that is skipped."""
+    x, y = examples()
+
+    def train(bad_first: bool) -> dict[str, Tensor]:
+        model = make_model()
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+        opt = phisam.PhiSAM(model, base, phisam.sgd())
+        if bad_first:
+            opt.step(lambda: nn.functional.cross_entropy(model(x), y) * math.inf)
+        for _ in range(3):
+            opt.step(closure_of(model))
+        return state(model)
+
+    for _ in range(5):
+        assert_bit_equal(train(bad_first=True), train(bad_first=False))
+
+
+def test_lam_0_is_the_base_optimizer_even_where_the_sharpness_overflows() -> None:
+    for measure in (phisam.determinant(), phisam.exp_product(-1.0)):
+        losses = torch.tensor([0.0, 400.0, 400.0], dtype=torch.float64)
+        assert measure.weights(losses, 1.0, 0.0).tolist() == [1.0, 0.0, 0.0]
+        _, log_scale = measure.slopes(losses[1], 1)
+        assert measure.factors(losses, 1.0, 0.0, log_scale).tolist() == [0.0]
+
+
+def test_max_grad_norm_clips_the_combined_gradient_once() -> None:
+    model, opt = make(phisam.frobenius(), rho=0.5, lam=0.5)
+    _, clipped = make(phisam.frobenius(), rho=0.5, lam=0.5, max_grad_norm=0.1)
+    opt.step(closure_of(model))
+    clipped.step(closure_of(clipped.model))
+    whole = [p.grad for p in model.parameters()]
+    norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in whole]))
+    assert norm > 0.2
+    for g, p in zip(whole, clipped.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, g * 0.1 / norm, rtol=1e-4, atol=1e-7)
+
+
+def test_schedulers_that_look_at_defaults_work() -> None:
+    model, opt = make(phisam.trace())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=5)
+    opt.step(closure_of(model))
+    scheduler.step()
+    assert opt.base_optimizer.param_groups[0]["lr"] == opt.param_groups[0]["lr"] != 0.05
+
+
+def test_a_model_whose_dtype_changes_is_laid_out_anew() -> None:
+    model, opt = make(phisam.trace(), rho=1e-3)
+    model.double()
+    x, y = examples()
+    opt.step(lambda: nn.functional.cross_entropy(model(x.double()), y))
+    assert opt._perturbation._v.dtype == torch.float64
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        opt.step(closure_of(model))
+
+
 # Mistakes.
+
+
+def test_what_is_no_measure_no_count_and_no_base_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"measure must be a phisam\.Measure"):
+        make(phisam.trace)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"n_samples must be an integer, got 2\.5"):
+        make(phisam.trace(), n_samples=2.5)
+    model = make_model()
+    with pytest.raises(ValueError, match="LBFGS"):
+        phisam.PhiSAM(model, torch.optim.LBFGS(model.parameters()), phisam.trace())
+    with pytest.raises(ValueError, match=r"psi must return a tensor or a sequence of tensors, got 1\.0"):
+        make(phisam.Measure(lambda t: t, lambda t: 1.0, phisam.gaussian()))  # type: ignore[arg-type,return-value]
+
+
+def test_a_loss_without_any_trained_parameter() -> None:
+    model = nn.ModuleDict({"trained": nn.Linear(4, 3), "other": nn.Linear(4, 3)})
+    opt = phisam.PhiSAM(model, torch.optim.SGD(model["trained"].parameters(), lr=0.1), phisam.sgd())
+    x, y = examples()
+    with pytest.raises(ValueError, match="depends on no parameter of the base optimizer"):
+        opt.step(lambda: nn.functional.cross_entropy(model["other"](x), y))
 
 
 def test_a_closure_that_calls_backward() -> None:

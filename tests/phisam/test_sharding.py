@@ -126,6 +126,11 @@ def on_rank(rank: int) -> dict[str, Any]:
     results["one_sample_alone"] = train(phisam.trace(), SampleMesh(), model=make_model(), ddp=False, n_samples=1)
     results["shard"] = train(phisam.frobenius(), phisam.sample_mesh(3, 1), model=make_model(), ddp=True, scope="shard")
     results["nan_on_one_rank"] = _nan_on_one_rank(rank)
+    results["refused"] = _refused(rank)
+    results["branching"] = [
+        _branching(SampleMesh(), ddp=False),
+        *(_branching(phisam.sample_mesh(5, world_size), ddp) for ddp in (True, False)),
+    ]
     results["collectives"] = {S: _count(S) for S in sample_sizes(world_size)}
     return results
 
@@ -150,6 +155,57 @@ def _nan_on_one_rank(rank: int) -> dict[str, Any]:
     opt.step(lambda: nn.functional.cross_entropy(ddp(bad), y))
     after = {k: v.clone() for k, v in model.state_dict().items()}
     return {"before": before, "after": after, "skipped": opt.skipped_steps}
+
+
+class Branching(nn.Module):
+    """A parameter that only some points use: which one depends on the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.left, self.right = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.left(x)
+        return logits + self.right(x) if self.left.weight.sum() > -0.25 else logits
+
+
+def _refused(rank: int) -> list[str]:
+    """What DDP set-ups that would let replicas diverge are answered."""
+    x, y = examples()
+    mesh = phisam.sample_mesh(1, dist.get_world_size())
+    told = []
+    inner = make_model()
+    opt = phisam.PhiSAM(
+        DistributedDataParallel(inner),
+        torch.optim.SGD(inner.parameters(), lr=0.1),
+        phisam.trace(),
+        n_samples=1,
+        mesh=mesh,
+    )
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    alone = DistributedDataParallel(make_model(), process_group=groups[rank])
+    for attempt in (
+        lambda: opt.step(lambda: nn.functional.cross_entropy(inner(x), y)),
+        lambda: phisam.PhiSAM(alone, torch.optim.SGD(alone.parameters(), lr=0.1), phisam.trace(), mesh=mesh),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def _branching(mesh: SampleMesh, ddp: bool) -> Tensor:
+    model = Branching()
+    x, y = examples()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if ddp else model
+    opt = phisam.PhiSAM(
+        wrapped, torch.optim.SGD(model.parameters(), lr=0.05), phisam.trace(), rho=2.0, lam=0.5, n_samples=5, mesh=mesh
+    )
+    for _ in range(5):
+        opt.step(lambda: nn.functional.cross_entropy(wrapped(x), y))
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def _count(S: int) -> dict[str, list[tuple[str, int]]]:
@@ -245,6 +301,22 @@ def test_nan_on_one_rank_skips_the_step_on_all(ranks: list[dict[str, Any]]) -> N
         assert result["skipped"] == 1
         for name, before in result["before"].items():
             assert torch.equal(before, result["after"][name]), name
+
+
+def test_ddp_that_would_let_replicas_diverge_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        inner, subgroup = rank["refused"]
+        assert "the closure calls the module inside it" in inner
+        assert f"DDP-wrapped over 1 processes, but the mesh has {len(ranks)}" in subgroup
+
+
+def test_a_parameter_that_only_some_points_use_is_reduced_all_the_same(ranks: list[dict[str, Any]]) -> None:
+    alone, *sharded = ranks[0]["branching"]
+    for parameters in sharded:
+        torch.testing.assert_close(parameters, alone, rtol=0, atol=1e-10)
+    for rank in ranks[1:]:
+        for own, first in zip(rank["branching"][1:], sharded, strict=True):
+            assert torch.equal(own, first)
 
 
 def test_collectives_of_a_step(ranks: list[dict[str, Any]]) -> None:

@@ -77,7 +77,7 @@ def test_a_run_prints_an_epoch_a_line_and_a_table_and_nothing_else(undisturbed: 
     ]
     assert lines[EPOCHS + 1].split() == ["run", "digits-frob"]
     assert lines[-1] == "Curves, models and comparison: phisam ui"
-    assert len(lines) == EPOCHS + 18
+    assert len(lines) == EPOCHS + 19
 
 
 def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
@@ -228,7 +228,7 @@ def cluster_of_2_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["scaling.use_gpu=true"], r"use_gpu = true needs 2 GPUs, but the cluster has 0"),
+        (["scaling.use_gpu=true"], r"num_workers = 2 on GPUs needs 2 of them, but the cluster has 0"),
         (["scaling.num_workers=4"], r"num_workers = 4 with cpus_per_worker = 1 needs 4 CPUs, but the cluster has 2"),
         (["scaling.cpus_per_worker=2"], r"needs 4 CPUs, but the cluster has 2"),
         (
@@ -253,5 +253,5 @@ def test_resume_of_what_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RunError, match="no run 'nothing' in MLflow"):
-        train.resume("nothing", Console())
+        train.unfinished("nothing")
     assert not list(tmp_path.iterdir())
