@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -172,6 +173,8 @@ class OptimizerConfig(Section):
                 f"must be 2 or more for frobenius, not {self.n_samples}: its unbiased estimate (Algorithm 3) "
                 "divides by n_samples - 1. Or set optimizer.measure.unbiased to false",
             )
+        if not 1e-100 < self.rho < 1e100:
+            yield "rho", f"must be between 1e-100 and 1e100, not {self.rho:g}: delta divides by its square"
 
 
 # schedule
@@ -252,6 +255,10 @@ class TrackingConfig(Section):
     uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, else the store in the runs folder")
     experiment: str = Field("phisam", min_length=1)
     tags: dict[str, str] = Field(default_factory=dict)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.uri is not None and re.search("//[^/@]*:[^/@]*@", self.uri):
+            yield "uri", "must not carry a password, since descriptions are logged: set MLFLOW_TRACKING_URI instead"
 
 
 class CheckpointConfig(Section):

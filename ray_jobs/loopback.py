@@ -29,7 +29,7 @@ class LoopbackTorchConfig(TorchConfig):
 
 class _LoopbackBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        store = Path(tempfile.gettempdir()) / f"phisam-store-{uuid.uuid4().hex}"
+        self._store = store = Path(tempfile.gettempdir()) / f"phisam-store-{uuid.uuid4().hex}"
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
         world_size = len(worker_group)
         ray.get(
@@ -40,6 +40,10 @@ class _LoopbackBackend(_TorchBackend):
                 for rank in range(world_size)
             ]
         )
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_shutdown(worker_group, backend_config)
+        self._store.unlink(missing_ok=True)
 
 
 def _join(backend: str, store: str, rank: int, world_size: int, timeout_s: int) -> None:

@@ -28,6 +28,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from torch import Tensor, nn
 
+import phisam
 from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml
 from ray_jobs.errors import RunError, first_line
 
@@ -171,11 +172,12 @@ def parameters(config: RunConfig) -> dict[str, str | float]:
 
 def provenance(fingerprint: str) -> dict[str, str]:
     """Tags that say what a run was made from and with."""
-    packages = ("phisam", "torch", "ray", "mlflow")
+    packages = ("torch", "ray", "mlflow")
     versions = {f"version.{name}": importlib.metadata.version(name) for name in packages}
     return {
         "data.fingerprint": fingerprint,
         "version.python": platform.python_version(),
+        "version.phisam": phisam.__version__,
         **versions,
         **_git(),
     }

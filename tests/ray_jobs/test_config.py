@@ -223,7 +223,7 @@ def test_what_is_compared_with_a_recipe_differs_from_it_in_the_optimizer_alone()
         "description='2026-01-01'",
         "description='1:30'",
         'description="a: b # c\\n d\\u2028"',
-        "optimizer.rho=5e-324",
+        "optimizer.lam=5e-324",
         "optimizer.rho=123456789.12345678",
         "optimizer.base={name: sgd, lr: 0.1, nesterov: true}",
         "optimizer.base.betas=[0.1, 0.2]",
@@ -295,3 +295,17 @@ def test_config_imports_neither_torch_nor_ray_nor_mlflow() -> None:
         subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}).returncode
         == 0
     )
+
+
+def test_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load("digits-sgd", ["tracking.uri=postgresql://u:hunter2@h/db"])
+    assert "must not carry a password" in str(caught.value)
+    assert "optimizer" not in str(caught.value)
+    assert config.load("digits-sgd", ["tracking.uri=http://127.0.0.1:5000"]).tracking.uri == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("rho", ["1e200", "1e-200"])
+def test_a_rho_whose_square_is_no_number(rho: str) -> None:
+    with pytest.raises(ConfigError, match="must be between 1e-100 and 1e100"):
+        config.load("digits-frob", [f"optimizer.rho={rho}"])
