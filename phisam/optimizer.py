@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from phisam.checks import check_mesh, check_tensors, trained_parameters
 from phisam.gradient import Perturbation, Rows
 from phisam.guards import Buffers, Monitor, checked_loss, same_randomness
 from phisam.measures import Measure
@@ -109,7 +110,7 @@ class PhiSAM(Optimizer):
         self.max_grad_norm = max_grad_norm
         # A phi or psi that does not work is said now, not in a step where other ranks would wait for ever.
         self.measure.weights(torch.zeros(self.measure.n_points(n_samples) + 1), self.rho, 1.0)
-        _check_mesh(model, self.mesh)
+        check_mesh(model, self.mesh)
         self._parameters: list[nn.Parameter] = []
         self._layout: list[tuple[int, torch.dtype, torch.device, torch.Size]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -330,11 +331,11 @@ class PhiSAM(Optimizer):
         self.state = self.base_optimizer.state
         for group in self.param_groups:
             group.setdefault("rho_scale", 1.0)
-        parameters = _trained_parameters(self.model, self.base_optimizer)
+        parameters = trained_parameters(self.model, self.base_optimizer)
         layout = [(id(p), p.dtype, p.device, p.shape) for p in parameters]
         if layout != self._layout:
             self._layout = layout
-            _check_tensors(self.model, parameters)
+            check_tensors(self.model, parameters)
             self._parameters = parameters
             self._perturbation = Perturbation(parameters)
 
@@ -345,64 +346,3 @@ def _all_finite(gradients: Sequence[Tensor | None]) -> Tensor:
     # One fused pass; a square that overflows counts as inf, as it would in Adam's second moment.
     norms = torch._foreach_norm([g for g in gradients if g is not None])
     return torch.isfinite(torch.stack(norms)).all()
-
-
-def _trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.Parameter]:
-    """x: the parameters of the base optimizer that require a gradient, in the model's order."""
-    optimized = {p for group in base_optimizer.param_groups for p in group["params"]}
-    of_model = list(model.parameters())
-    foreign = len(optimized - set(of_model))
-    if foreign:
-        raise ValueError(
-            f"{foreign} of the base optimizer's {len(optimized)} parameter tensors are not the model's; build it from "
-            "the model that PhiSAM gets, after the model was moved or replaced: SGD(model.parameters(), ...)"
-        )
-    trained = [p for p in of_model if p in optimized and p.requires_grad]
-    if not trained:
-        raise ValueError("the base optimizer has no parameter that requires a gradient: nothing can be trained")
-    return trained
-
-
-def _check_tensors(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Raises ValueError unless a small perturbation of the parameters can be represented and made in one fill."""
-    names = {p: name for name, p in model.named_parameters()}
-    first = parameters[0]
-    for p in parameters:
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"parameter {names[p]!r} is {p.dtype}, which cannot hold a small perturbation: keep the parameters in "
-                "float32 (model.float()) and use torch.autocast in the closure for speed"
-            )
-        if (p.dtype, p.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"parameter {names[p]!r} is {p.dtype} on {p.device}, but {names[first]!r} is {first.dtype} on "
-                f"{first.device}: all trained parameters must share one dtype and one device"
-            )
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
-    if sparse:
-        raise ValueError(f"module {sparse[0]!r} makes sparse gradients, which cannot be combined; use sparse=False")
-
-
-def _check_mesh(model: nn.Module, mesh: SampleMesh) -> None:
-    """Raises ValueError unless the mesh covers the process group."""
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    wrapped = model.process_group.size() if isinstance(model, DistributedDataParallel) else mesh.world_size
-    if mesh.world_size == 1 < wrapped:
-        raise ValueError(
-            f"the model is DDP-wrapped over {wrapped} processes but mesh is None, so each would weigh its own losses "
-            "and the replicas would diverge: pass mesh=phisam.sample_mesh(n_samples)"
-        )
-    if wrapped != mesh.world_size:
-        raise ValueError(
-            f"the model is DDP-wrapped over {wrapped} processes, but the mesh has {mesh.world_size}: wrap it over the "
-            "default process group"
-        )
-    if mesh.sample_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ValueError(
-            "SyncBatchNorm averages over ranks that evaluate different points: use BatchNorm, or sample_parallel=1"
-        )
-    if mesh.world_size not in (1, processes):
-        raise ValueError(
-            f"mesh: data x sample = {mesh.data_size} x {mesh.sample_size} = {mesh.world_size}, but the process group "
-            f"has {processes} processes: build the mesh with phisam.sample_mesh(n_samples) after init_process_group"
-        )

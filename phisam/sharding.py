@@ -80,6 +80,7 @@ class ProcessMesh(SampleMesh):
         return everyone.view(self.data_size, self.sample_size, len(losses))
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """One all-reduce of d numbers and a flag for each parameter tensor."""
         # d numbers, and one for each parameter tensor that says whether this rank has a gradient for it: base
         # optimizers treat None otherwise than 0 (weight decay), so replicas must agree on which are None.
         used = torch.tensor([float(p.grad is not None) for p in parameters], dtype=parameters[0].dtype)

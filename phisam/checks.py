@@ -1,0 +1,73 @@
+"""What must belong together before a step: the model, its base optimizer, and the mesh. Each mistake in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from phisam.sharding import SampleMesh
+
+
+def trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.Parameter]:
+    """x: the parameters of the base optimizer that require a gradient, in the model's order."""
+    optimized = {p for group in base_optimizer.param_groups for p in group["params"]}
+    of_model = list(model.parameters())
+    foreign = len(optimized - set(of_model))
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the base optimizer's {len(optimized)} parameter tensors are not the model's; build it from "
+            "the model that PhiSAM gets, after the model was moved or replaced: SGD(model.parameters(), ...)"
+        )
+    trained = [p for p in of_model if p in optimized and p.requires_grad]
+    if not trained:
+        raise ValueError("the base optimizer has no parameter that requires a gradient: nothing can be trained")
+    return trained
+
+
+def check_tensors(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Raises ValueError unless a small perturbation of the parameters can be represented and made in one fill."""
+    names = {p: name for name, p in model.named_parameters()}
+    first = parameters[0]
+    for p in parameters:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {names[p]!r} is {p.dtype}, which cannot hold a small perturbation: keep the parameters in "
+                "float32 (model.float()) and use torch.autocast in the closure for speed"
+            )
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"parameter {names[p]!r} is {p.dtype} on {p.device}, but {names[first]!r} is {first.dtype} on "
+                f"{first.device}: all trained parameters must share one dtype and one device"
+            )
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        raise ValueError(f"module {sparse[0]!r} makes sparse gradients, which cannot be combined; use sparse=False")
+
+
+def check_mesh(model: nn.Module, mesh: SampleMesh) -> None:
+    """Raises ValueError unless the mesh covers the process group."""
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    wrapped = model.process_group.size() if isinstance(model, DistributedDataParallel) else mesh.world_size
+    if mesh.world_size == 1 < wrapped:
+        raise ValueError(
+            f"the model is DDP-wrapped over {wrapped} processes but mesh is None, so each would weigh its own losses "
+            "and the replicas would diverge: pass mesh=phisam.sample_mesh(n_samples)"
+        )
+    if wrapped != mesh.world_size:
+        raise ValueError(
+            f"the model is DDP-wrapped over {wrapped} processes, but the mesh has {mesh.world_size}: wrap it over the "
+            "default process group"
+        )
+    if mesh.sample_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm averages over ranks that evaluate different points: use BatchNorm, or sample_parallel=1"
+        )
+    if mesh.world_size not in (1, processes):
+        raise ValueError(
+            f"mesh: data x sample = {mesh.data_size} x {mesh.sample_size} = {mesh.world_size}, but the process group "
+            f"has {processes} processes: build the mesh with phisam.sample_mesh(n_samples) after init_process_group"
+        )
