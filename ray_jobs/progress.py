@@ -61,7 +61,7 @@ class ProgressView:
             self._live.start()
             self._live.update(Text(f"{self._name}  starting workers"))
         else:
-            self._console.print(f"{self._name}: starting workers")
+            self._say("starting workers")
         self._thread.start()
         return self
 
@@ -84,13 +84,17 @@ class ProgressView:
         self._events_seen += len(events)
         for event in events:
             if isinstance(event, str):
-                self._console.print(f"{self._name}: {event}", highlight=False)
+                self._say(event)
                 continue
             self._newest = event
             if not self._live:
-                self._console.print(f"{self._name}: {epoch_line(event, self._epochs)}", highlight=False)
+                self._say(epoch_line(event, self._epochs))
         if self._live and (place or self._newest):
             self._live.update(Text(f"{self._name}  {self._live_line(place)}"))
+
+    def _say(self, line: str) -> None:
+        # As Text: an error's own words, such as "[/usr/lib/...]", are no markup.
+        self._console.print(Text(f"{self._name}: {line}"), soft_wrap=True)
 
     def _live_line(self, place: Metrics) -> str:
         newest = self._newest

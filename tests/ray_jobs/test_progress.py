@@ -42,6 +42,15 @@ def test_plain_lines_once_for_each_epoch() -> None:
     assert lines[3] == "run: epoch 2/2  loss 0.5000  val acc 50.00%  1,234 examples/s"
 
 
+def test_the_words_of_an_error_are_printed_as_they_are() -> None:
+    """An error of gloo names its source file in brackets, which rich would take for markup; it may be long, too."""
+    output = io.StringIO()
+    told = "workers failed (worker 0: [/pytorch/gloo/pair.cc:545] Connection closed by peer [127.0.0.1]:2048) " * 3
+    with ProgressView(Console(file=output, width=80), "run", 2, Board().read, interval=0.01) as view:
+        view._say(told)
+    assert f"run: {told}\n" in output.getvalue()
+
+
 def test_the_live_line_says_place_loss_accuracy_rate_and_eta() -> None:
     view = ProgressView(Console(file=io.StringIO(), force_terminal=True), "run", 10, Board().read)
     first = view._live_line({"epoch": 0, "step": 1, "steps": 4, "loss": 2.0, "rate": 1000.0})
