@@ -7,17 +7,21 @@
 Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `sharding.py` and `optimizer.py`.
 """
 
+from phisam import schedules
 from phisam.measures import (
     Measure,
+    asam,
     determinant,
     eigen_power,
     exp_product,
     frobenius,
     log_determinant,
+    sam,
     sgd,
+    ssam,
     trace,
 )
-from phisam.noise import Noise, dirac, gaussian, hypercube, rademacher, sphere
+from phisam.noise import Noise, dirac, fisher_mask, gaussian, gradient_direction, hypercube, rademacher, sphere
 from phisam.optimizer import PhiSAM, StepRecord
 from phisam.sharding import SampleMesh, sample_mesh, sample_size
 
@@ -29,18 +33,24 @@ __all__ = [
     "PhiSAM",
     "SampleMesh",
     "StepRecord",
+    "asam",
     "determinant",
     "dirac",
     "eigen_power",
     "exp_product",
+    "fisher_mask",
     "frobenius",
     "gaussian",
+    "gradient_direction",
     "hypercube",
     "log_determinant",
     "rademacher",
+    "sam",
     "sample_mesh",
     "sample_size",
+    "schedules",
     "sgd",
     "sphere",
+    "ssam",
     "trace",
 ]

@@ -1,7 +1,8 @@
-"""What must belong together before a step: the model, its base optimizer, and the mesh. Each mistake in words."""
+"""What must be right before a step: settings, and that model, base optimizer and mesh belong together. In words."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,62 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from phisam.measures import Measure
+from phisam.noise import FisherMask
 from phisam.sharding import SampleMesh
+
+
+def check_rho(rho: float) -> None:
+    """Raises ValueError unless rho is a perturbation radius."""
+    if not (math.isfinite(rho) and rho > 0 and 0 < rho * rho < math.inf):
+        raise ValueError(
+            f"rho must be a positive finite number, got {rho!r}; for no perturbation use measure=phisam.sgd()"
+        )
+
+
+def check_lam(lam: float) -> None:
+    """Raises ValueError unless lam is a finite number."""
+    if not math.isfinite(lam):
+        raise ValueError(f"lam must be a finite number, got {lam!r}; lam = 0 is the base optimizer")
+
+
+def check_settings(
+    base_optimizer: Optimizer,
+    measure: Measure,
+    n_samples: int,
+    scope: str,
+    max_grad_norm: float | None,
+    every: int,
+    perturb_fraction: float,
+) -> None:
+    """Raises ValueError for what is wrong whatever the model is."""
+    if not isinstance(measure, Measure):
+        raise ValueError(f"measure must be a phisam.Measure, such as phisam.frobenius(), got {measure!r}")
+    if not isinstance(n_samples, int):
+        raise ValueError(f"n_samples must be an integer, got {n_samples!r}")
+    if isinstance(base_optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
+    if scope not in ("global", "shard"):
+        raise ValueError(f'scope must be "global" or "shard", got {scope!r}')
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer >= 1, got {every!r}; 1 has the sharpness term in every step")
+    if not 0 < perturb_fraction <= 1:
+        raise ValueError(
+            f"perturb_fraction must be in (0, 1], got {perturb_fraction!r}: it is the part of the batch that the "
+            "measure sees; 1 is all of it"
+        )
+
+
+def check_masks(measure: Measure, parameters: Sequence[nn.Parameter], sharded: bool) -> None:
+    """Raises ValueError where a noise's mask does not fit the parameters."""
+    d = sum(p.numel() for p in parameters)
+    for mask in (noise.mask for noise in measure.noises):
+        if mask is not None and sharded:
+            raise ValueError(f"{measure.name}: masks are not made for parameters that fully_shard spreads; use DDP")
+        if mask is not None and not isinstance(mask, FisherMask) and mask.numel() != d:
+            raise ValueError(f"{measure.name}: the mask has {mask.numel()} numbers, the trained parameters have {d}")
 
 
 def trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.Parameter]:

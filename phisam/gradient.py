@@ -9,12 +9,12 @@ only point is the last one has no row at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from phisam.noise import Noise
+from phisam.noise import Draw, Scaling, normalize_
 
 Gradients = Sequence[Tensor | None]
 
@@ -23,50 +23,100 @@ class Perturbation:
     """Moves parameters to x + rho v and puts them back bit for bit: copied, never added and subtracted.
 
     Args:
-        parameters: the tensors that together are x, in the model's order; v is laid out in the same order.
+        held: the tensors that together are x, or this rank's pieces of them, in the model's order; v is laid out alike.
+        names: of the parameters, for noises that scale some of them only.
+        spans: where `held` lies in the flat vector of d numbers: (start, length).
+        d: numbers of all parameters together.
+        norm: ‖v‖ over all parameters, of the v that this rank holds.
+        moved: called after each move.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        first = parameters[0]
+    def __init__(
+        self,
+        held: Sequence[Tensor],
+        names: Sequence[str],
+        spans: Sequence[tuple[int, int]],
+        d: int,
+        norm: Callable[[Tensor], Tensor],
+        moved: Callable[[], None],
+    ) -> None:
+        self._held, self._names, self._spans, self._d = list(held), list(names), list(spans), d
+        self._norm, self._moved = norm, moved
+        first = held[0]
+        sizes = [p.numel() for p in held]
         self._generator = Generator(first.device)
-        self._v = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-        sizes = [p.numel() for p in parameters]
-        self._v_parts = [part.view_as(p) for part, p in zip(torch.split(self._v, sizes), parameters, strict=True)]
-        self._saved = [torch.empty_like(p) for p in parameters]
+        self._v = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        self._v_parts = [part.view(p.shape) for part, p in zip(torch.split(self._v, sizes), held, strict=True)]
+        self._saved = [torch.empty_like(p) for p in held]
         self._holds_copy = False
 
     @torch.no_grad()
-    def apply(self, noise: Noise, rho: float, rho_scales: Sequence[float], seed: int, step: int, point: int) -> None:
-        """x <- x + rho * rho_scale * v with v the draw of (seed, step, point)."""
-        noise.draw_(self._v, self._generator, seed, step, point)
-        if not self._holds_copy:
-            torch._foreach_copy_(self._saved, self._parameters)
-            self._holds_copy = True
-        for p, x, v, scale in zip(self._parameters, self._saved, self._v_parts, rho_scales, strict=True):
+    def draw(self, draw: Draw, seed: int, step: int, gradient: Tensor | None, mask: Tensor | None) -> None:
+        """v <- sign mask T u: u the draw of (seed, step, point), or grad L, T grad L with `adaptive`, over its norm.
+
+        Args:
+            gradient: grad L, flat, for a noise that is made of it.
+            mask: flat and of what this rank holds, or None.
+        """
+        self._save()
+        noise = draw.noise
+        scaled = [i for i, name in enumerate(self._names) if noise.scaling and noise.scaling.acts_on(name)]
+        if noise.of_gradient:
+            assert gradient is not None
+            self._v.copy_(gradient)
+            self._scale(scaled, noise.scaling)
+        else:
+            noise.start_(self._v, self._spans, self._d, self._generator, seed, step, draw.point)
+        if noise.unit:
+            normalize_(self._v, self._norm(self._v))
+        self._scale(scaled, noise.scaling)
+        if mask is not None:
+            self._v.mul_(mask)
+        if draw.sign < 0:
+            self._v.neg_()
+
+    @torch.no_grad()
+    def move(self, rho: float, rho_scales: Sequence[float]) -> None:
+        """x <- x + rho * rho_scale * v with the v of the last `draw`; a negative rho goes to the other side."""
+        for p, x, v, scale in zip(self._held, self._saved, self._v_parts, rho_scales, strict=True):
             torch.add(x, v, alpha=rho * scale, out=p)
+        self._moved()
 
     @torch.no_grad()
     def undo(self) -> None:
         """x again, bit for bit."""
         if self._holds_copy:
-            torch._foreach_copy_(self._parameters, self._saved)
+            torch._foreach_copy_(self._held, self._saved)
+            self._moved()
 
     def release(self) -> None:
         """x again, and the copy is void: the base optimizer may move x now."""
         self.undo()
         self._holds_copy = False
 
+    def _save(self) -> None:
+        if not self._holds_copy:
+            torch._foreach_copy_(self._saved, self._held)
+            self._holds_copy = True
+
+    def _scale(self, scaled: Sequence[int], scaling: Scaling | None) -> None:
+        """v <- T v."""
+        if scaled and scaling is not None:
+            T = torch._foreach_abs([self._saved[i] for i in scaled])
+            torch._foreach_add_(T, scaling.eta)
+            torch._foreach_mul_([self._v_parts[i] for i in scaled], T)
+
 
 class Rows:
-    """Running sums of gradients: row 0 is grad L_0, row l the sum of slope_{e,l} grad L_e over points e >= 1.
+    """Running sums of gradients: those at x itself, and row l the sum of slope_{e,l} grad L_e over points e >= 1.
 
     Slopes of measures with psi = exp(sigma t) come with a log_scale; the rows then hold their sums divided by
     exp(log_scale), the largest one so far, as a running softmax does, and can neither overflow nor vanish.
     """
 
     def __init__(self, n_parameters: int) -> None:
-        self._point_0: list[Tensor | None] = [None] * n_parameters
+        self._n_parameters = n_parameters
+        self._at_x: list[tuple[int, list[Tensor | None]]] = []
         self._rows: list[list[Tensor | None]] = []
         self.log_scale: Tensor | None = None
 
@@ -75,9 +125,9 @@ class Rows:
         """No perturbed point was added."""
         return not self._rows
 
-    def add_unperturbed(self, gradients: Gradients) -> None:
-        """grad L_0. A copy: autograd may give two parameters one tensor, or an expanded one."""
-        self._point_0 = [None if g is None else g.clone() for g in gradients]
+    def add_unperturbed(self, evaluation: int, gradients: Gradients) -> None:
+        """A gradient at x. A copy: autograd may give two parameters one tensor, or an expanded one."""
+        self._at_x.append((evaluation, [None if g is None else g.clone() for g in gradients]))
 
     def add(self, gradients: Gradients, slopes: Tensor, log_scale: Tensor | None) -> None:
         """slope_l * gradient to each row l; slopes (m,), log_scale a scalar or None for 0."""
@@ -85,33 +135,55 @@ class Rows:
             previous = log_scale if self.log_scale is None else self.log_scale
             self.log_scale = torch.maximum(previous, log_scale)
             for row in self._rows:
-                _scale_(row, torch.exp(previous - self.log_scale))
+                scale_(row, torch.exp(previous - self.log_scale))
             slopes = slopes * torch.exp(log_scale - self.log_scale)
         if not self._rows:
             self._rows = [[None] * len(gradients) for _ in slopes]
         for row, slope in zip(self._rows, slopes, strict=True):
-            _add_scaled_(row, gradients, slope)
+            add_scaled_(row, gradients, slope)
 
-    def combine(self, weight_0: Tensor, factors: Tensor | None, scale: float) -> list[Tensor | None]:
-        """scale * (weight_0 grad L_0 + sum_l factor_l row_l), one entry per parameter; None: no point had one.
+    def combine(self, weights: Tensor, factors: Tensor | None, scale: float) -> list[Tensor | None]:
+        """scale * (the gradients at x by the weights of their evaluations + sum_l factor_l row_l).
 
-        The rows are used up. Without a perturbed point factors is None.
+        One entry per parameter; None: no evaluation had one. The rows are used up. Without a perturbed point factors
+        is None.
         """
-        total = self._point_0
-        _scale_(total, weight_0 * scale)
+        total: list[Tensor | None] = [None] * self._n_parameters
+        for i, (evaluation, gradients) in enumerate(self._at_x):
+            if i == 0:
+                scale_(gradients, weights[evaluation] * scale)
+                total = gradients
+            else:
+                add_scaled_(total, gradients, weights[evaluation] * scale)
         if factors is not None:
             for row, factor in zip(self._rows, factors, strict=True):
-                _add_scaled_(total, row, factor * scale)
+                add_scaled_(total, row, factor * scale)
         return total
 
 
-def _scale_(tensors: Gradients, factor: Tensor) -> None:
+def largest(values: Tensor, sparsity: float) -> Tensor:
+    """Bool mask (d,): True for the round((1 - sparsity) d) largest values."""
+    keep = round((1 - sparsity) * values.numel())
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask[torch.topk(values, keep, sorted=False).indices] = True
+    return mask
+
+
+def flatten(gradients: Gradients, like: Sequence[Tensor]) -> Tensor:
+    """One vector, with zeros where there is no gradient."""
+    return torch.cat(
+        [x.new_zeros(x.numel()) if g is None else g.reshape(-1) for g, x in zip(gradients, like, strict=True)]
+    )
+
+
+def scale_(tensors: Gradients, factor: Tensor) -> None:
+    """tensors *= factor."""
     present = [t for t in tensors if t is not None]
     if present:
         torch._foreach_mul_(present, factor.to(present[0].dtype))
 
 
-def _add_scaled_(sums: list[Tensor | None], terms: Gradients, factor: Tensor) -> None:
+def add_scaled_(sums: list[Tensor | None], terms: Gradients, factor: Tensor) -> None:
     """sums += factor * terms, entry by entry; a sum starts with its first term."""
     old, new = [], []
     for i, term in enumerate(terms):

@@ -8,7 +8,7 @@ perturbation alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -79,34 +79,6 @@ def same_randomness(device: torch.device) -> Iterator[Callable[[int], None]]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-
-
-def checked_loss(loss: object, parameters: Sequence[Tensor]) -> Tensor:
-    """The closure's result as a scalar tensor.
-
-    Raises:
-        ValueError: it is no scalar, is in half precision, does not depend on the parameters, or the closure called
-            backward itself.
-    """
-    if any(p.grad is not None for p in parameters):
-        raise ValueError(
-            "the closure called backward: it must only run the forward pass and return the loss, "
-            "as in opt.step(lambda: criterion(model(inputs), targets)); PhiSAM calls backward itself"
-        )
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"the closure must return the loss as a scalar tensor, got {got}; average it over the batch")
-    if loss.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the loss is {loss.dtype}, but delta = (L_i - L_0) / rho^2 needs float32 or better: "
-            "compute the loss outside autocast, as in criterion(model(inputs).float(), targets)"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss has no gradient: the closure ran under torch.no_grad(), detached its result, "
-            "or the loss does not depend on the model's parameters"
-        )
-    return loss.reshape(())
 
 
 class Monitor:

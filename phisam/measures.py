@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from phisam import noise as mu
-from phisam.noise import Noise
+from phisam.noise import Draw, FisherMask, Noise, Scaled
 
 Phi = Callable[[Tensor], Tensor]
 Psi = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -90,11 +90,42 @@ class Measure:
                 f"{self.name}: n_samples = {n_samples}, but the mean over mu needs n_samples >= 1; "
                 "for no perturbation at all use measure=phisam.sgd()"
             )
+        if n_samples % 2 and any(noise.paired for noise in self.noises):
+            raise ValueError(
+                f"{self.name}: n_samples = {n_samples}, but antithetic draws come in pairs v, -v: make it even"
+            )
         return n_samples * len(self.noises)
+
+    def evaluations(self, n_samples: int) -> list[int]:
+        """Gradient evaluations of the points 0, 1, ..., n: 2 where the noise is symmetric, else 1."""
+        return [1, *(len(self.noise_of(point).signs) for point in range(1, self.n_points(n_samples) + 1))]
 
     def noise_of(self, point: int) -> Noise:
         """mu of a perturbed point e >= 1."""
         return self.noises[(point - 1) % len(self.noises)]
+
+    def draw_of(self, point: int) -> Draw:
+        """How the v of a perturbed point e >= 1 is made."""
+        noise, m = self.noise_of(point), len(self.noises)
+        second_of_pair = noise.paired and (point - 1) // m % 2 == 1
+        return Draw(noise, point - m, -1) if second_of_pair else Draw(noise, point, 1)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """A perturbed point can be made only when grad L(x) is known."""
+        return any(noise.of_gradient for noise in self.noises)
+
+    @property
+    def fisher_mask(self) -> FisherMask | None:
+        """The mask that the step must keep up to date.
+
+        Raises:
+            ValueError: noises of one measure have different ones.
+        """
+        masks = {noise.mask for noise in self.noises if isinstance(noise.mask, FisherMask)}
+        if len(masks) > 1:
+            raise ValueError(f"{self.name}: {len(masks)} different Fisher masks in one measure; use one for all noises")
+        return next(iter(masks), None)
 
     def weights(self, losses: Tensor, rho: float, lam: float) -> Tensor:
         """w = dF/dL, shape (n + 1,), in the dtype of `losses` (n + 1,); sums to 1.
@@ -240,6 +271,16 @@ class _Exponential(Measure):
         return self.phi_of_log(_log_mean_exp(self.sigma * delta))
 
 
+class _Ascent(Measure):
+    """phi(t) = psi(t) = t with mu a Dirac at a function of grad L: more draws would be the same point again."""
+
+    def __init__(self, noise: Noise, name: str) -> None:
+        super().__init__(lambda t: t, lambda t: t, noise, name=name, elementwise=True)
+
+    def n_points(self, n_samples: int) -> int:
+        return 1 if all(noise.of_gradient for noise in self.noises) else super().n_points(n_samples)
+
+
 class _Unperturbed(Measure):
     """phi = 0: no perturbed point, g = grad L."""
 
@@ -310,6 +351,38 @@ def eigen_power(k: int, phi: Phi | None = None) -> Measure:
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"eigen_power: k must be an integer >= 1, got {k!r}")
     return Measure(phi or (lambda t: t), lambda t: t**k, mu.sphere(), name="eigen_power", elementwise=True)
+
+
+def sam() -> Measure:
+    """phi(t) = psi(t) = t, mu = Dirac at grad L / ‖grad L‖: SAM (Foret et al. 2021), Appendix H with n = 1.
+
+    g = (1 - lam) grad L(x) + lam grad L(x + rho grad L / ‖grad L‖): with lam = 1 the gradient at the ascent point,
+    which is SAM. One perturbed point, whatever n_samples is.
+    """
+    return _Ascent(mu.gradient_direction(), "sam")
+
+
+def asam(eta: float = 0.01, scaled: Scaled = "all") -> Measure:
+    """phi(t) = psi(t) = t, mu = Dirac at T^2 grad L / ‖T grad L‖, T = |x| + eta: ASAM (Kwon et al. 2021).
+
+    Packages differ in which parameters T scales, and rho does not carry over between them: scaled = "all" scales every
+    tensor; "weight" those with "weight" in their name, as the code of ASAM's authors does (T = 1 for the others).
+
+    Raises:
+        ValueError: eta is negative or not finite, or scaled is neither.
+    """
+    return _Ascent(mu.gradient_direction().adaptive(eta, scaled), "asam")
+
+
+def ssam(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: int = 391) -> Measure:
+    """phi(t) = psi(t) = t, mu = Dirac at mask * grad L / ‖grad L‖: SSAM-F (Mi et al. 2022), see `phisam.fisher_mask`.
+
+    The closure must take `part`, since the mask looks at single examples.
+
+    Raises:
+        ValueError: sparsity is not in [0, 1), or a count is not an integer >= 1.
+    """
+    return _Ascent(mu.gradient_direction().masked(mu.fisher_mask(sparsity, fisher_samples, refresh_every)), "ssam")
 
 
 def sgd() -> Measure:

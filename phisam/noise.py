@@ -3,33 +3,194 @@
 Because a draw does not depend on the rank, on the number of processes, or on what was drawn before it, any
 sharding of the points gives the same step, a resumed run needs no generator state, and no noise is ever sent.
 (Draws on CPU and on CUDA come from different generators and differ.)
+
+v is made in blocks of `BLOCK` numbers, each with a key of its own, so that a rank that holds some pieces of the
+parameters (FSDP2) makes those pieces of v and no more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
+BLOCK = 1 << 18
+
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
 
+Fill = Callable[[Tensor, Generator], None]
+Scaled = Literal["all", "weight"]
+
 
 @dataclass(frozen=True)
+class Scaling:
+    """T = |x| + eta for the tensors that are scaled, 1 for the others."""
+
+    eta: float
+    scaled: Scaled
+
+    def acts_on(self, name: str) -> bool:
+        """Whether the parameter of this name is scaled."""
+        return self.scaled == "all" or "weight" in name
+
+
+@dataclass(frozen=True)
+class FisherMask:
+    """Keeps the parameters with the largest diagonal Fisher information; see `fisher_mask`."""
+
+    sparsity: float
+    fisher_samples: int
+    refresh_every: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the v of one perturbed point is: sign * noise(seed, step, point)."""
+
+    noise: Noise
+    point: int
+    sign: int
+
+
+@dataclass(frozen=True, eq=False)
 class Noise:
-    """A distribution mu on R^d: `fill(v, generator)` overwrites the flat vector v, shape (d,), with one draw."""
+    """A distribution mu on R^d. Its options are methods, and chain: `gaussian().adaptive(0.01).symmetric()`.
+
+    What v starts from is one of: `fill(block, generator)`, which overwrites a flat block of v with independent entries
+    of one distribution; `value`, a fixed vector (d,); or grad L(x), where `fill` and `value` are None.
+
+    unit: v is then divided by its norm over all parameters together. scaling, mask: see `adaptive` and `masked`.
+    paired: see `antithetic`. two_sided: see `symmetric`.
+    """
 
     name: str
-    fill: Callable[[Tensor, Generator], None]
+    fill: Fill | None = None
+    value: Tensor | None = None
+    unit: bool = False
+    scaling: Scaling | None = None
+    mask: Tensor | FisherMask | None = None
+    paired: bool = False
+    two_sided: bool = False
+
+    @property
+    def of_gradient(self) -> bool:
+        """v is made of grad L(x)."""
+        return self.fill is None and self.value is None
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """The points of one draw: x + rho v, and with `symmetric` x - rho v."""
+        return (1, -1) if self.two_sided else (1,)
+
+    def antithetic(self) -> Noise:
+        """Draws come in pairs: draw 2j + 1 is minus draw 2j. n_samples must be even; a step costs n + 1 as before.
+
+        Raises:
+            ValueError: mu is of the gradient, or symmetric already.
+        """
+        self._must_be_drawn("antithetic")
+        if self.two_sided:
+            raise ValueError(
+                f"{self.name}: each draw of a symmetric noise is a pair v, -v already; leave antithetic out"
+            )
+        return replace(self, name=f"{self.name}, antithetic", paired=True)
+
+    def symmetric(self) -> Noise:
+        """L_i = (L(x + rho v_i) + L(x - rho v_i)) / 2, so delta_i has no first-order term and sees the Hessian alone:
+
+            delta_i = (L(x + rho v_i) + L(x - rho v_i) - 2 L(x)) / (2 rho^2) = v_i^T H v_i / 2 + O(rho^2).
+
+        n_samples counts pairs: a step costs 2 n + 1 gradient evaluations.
+
+        Raises:
+            ValueError: mu is of the gradient, or antithetic already.
+        """
+        self._must_be_drawn("symmetric")
+        if self.paired:
+            raise ValueError(f"{self.name}: v and -v would give one delta twice; use one of antithetic, symmetric")
+        return replace(self, name=f"{self.name}, symmetric", two_sided=True)
+
+    def adaptive(self, eta: float = 0.0, scaled: Scaled = "all") -> Noise:
+        """v becomes T v with T = |x| + eta, elementwise, after v was drawn (and normalised).
+
+        With eta = 0 and scaled = "all" every measure is exactly invariant to the rescalings of Theorem 10, for every
+        phi, psi and finite rho. For mu of the gradient it is ASAM: v = T^2 grad L / ‖T grad L‖.
+
+        Args:
+            eta: >= 0; added to |x|, so that parameters at 0 are perturbed too.
+            scaled: "all" tensors, or those with "weight" in their name (the others keep T = 1).
+
+        Raises:
+            ValueError: eta is negative or not finite, or scaled is neither.
+        """
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"adaptive: eta must be a finite number >= 0, got {eta!r}")
+        if scaled not in ("all", "weight"):
+            raise ValueError(f'adaptive: scaled must be "all" or "weight", got {scaled!r}')
+        return replace(self, name=f"{self.name}, adaptive", scaling=Scaling(float(eta), scaled))
+
+    def masked(self, mask: Tensor | Sequence[Tensor] | FisherMask) -> Noise:
+        """v becomes mask * v (after normalisation): 0 leaves a parameter unperturbed.
+
+        Args:
+            mask: a flat tensor (d,), one tensor per parameter in the model's order, or `fisher_mask(...)`.
+        """
+        return replace(self, name=f"{self.name}, masked", mask=mask if isinstance(mask, FisherMask) else _flat(mask))
 
     def draw_(self, v: Tensor, generator: Generator, seed: int, step: int, point: int) -> None:
-        """Overwrite v with the draw of (seed, step, point); `generator` lives on v's device and is re-seeded."""
-        generator.manual_seed(key(seed, step, point))
-        self.fill(v, generator)
+        """Overwrite v, all of it, with the draw of (seed, step, point), before T and the mask; not for the gradient.
+
+        `generator` lives on v's device and is re-seeded.
+        """
+        self.start_(v, [(0, v.numel())], v.numel(), generator, seed, step, point)
+        if self.unit:
+            normalize_(v, torch.linalg.vector_norm(v))
+
+    def start_(
+        self,
+        v: Tensor,
+        spans: Sequence[tuple[int, int]],
+        d: int,
+        generator: Generator,
+        seed: int,
+        step: int,
+        point: int,
+    ) -> None:
+        """Overwrite v, which holds the spans (start, length) of the whole (d,), before it is normalised."""
+        if self.value is not None:
+            if self.value.numel() != d:
+                raise ValueError(f"{self.name}: v has {self.value.numel()} numbers, the perturbed parameters have {d}")
+            v.copy_(torch.cat([self.value[start : start + length] for start, length in spans]))
+            return
+        assert self.fill is not None
+        at = 0
+        for start, length in spans:
+            for block in range(start // BLOCK, -(-(start + length) // BLOCK)):
+                first, end = block * BLOCK, min(block * BLOCK + BLOCK, d)
+                inside = slice(max(start, first), min(start + length, end))
+                into = v[at : at + inside.stop - inside.start]
+                whole = into.numel() == end - first
+                numbers = into if whole else torch.empty(end - first, dtype=v.dtype, device=v.device)
+                generator.manual_seed(key(seed, step, block, point) if block else key(seed, step, point))
+                self.fill(numbers, generator)
+                if not whole:
+                    into.copy_(numbers[inside.start - first : inside.stop - first])
+                at += into.numel()
+
+    def _must_be_drawn(self, option: str) -> None:
+        if self.of_gradient:
+            raise ValueError(f"{option}: v is a function of the gradient, not a draw: there is nothing to pair")
+
+
+def normalize_(v: Tensor, norm: Tensor) -> None:
+    """v / norm; zero stays zero."""
+    v.div_(norm.clamp_min(torch.finfo(v.dtype).tiny))
 
 
 def key(*parts: int) -> int:
@@ -70,7 +231,7 @@ def sphere() -> Noise:
     Entries are near 1 / sqrt(d): at rho = 0.01 and d = 11 million below the float32 resolution of a weight near 1.
     The paper's Trace-SAM numbers come from draws that are not normalised; `gaussian()` reproduces those.
     """
-    return Noise("sphere", _fill_sphere)
+    return Noise("sphere", _fill_gaussian, unit=True)
 
 
 def hypercube(half_width: float = 0.01) -> Noise:
@@ -96,17 +257,41 @@ def dirac(v: Tensor | Sequence[Tensor]) -> Noise:
 
     Theorem 7's measures are `dirac(e_i)` and `dirac(e_i + e_j)`.
     """
-    flat = v if isinstance(v, Tensor) else torch.cat([part.reshape(-1) for part in v])
-    return Noise("dirac", partial(_fill_dirac, value=flat.detach().reshape(-1).clone()))
+    return Noise("dirac", value=_flat(v))
+
+
+def gradient_direction() -> Noise:
+    """mu = Dirac at grad L(x) / ‖grad L(x)‖, the direction of SAM (Foret et al. 2021); v = 0 where grad L is 0.
+
+    The gradient is that of the scope: of the global batch (one more all-reduce of d numbers), or of the data rank's own
+    share.
+    """
+    return Noise("gradient", unit=True)
+
+
+def fisher_mask(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: int = 391) -> FisherMask:
+    """The mask of SSAM-F (Mi et al. 2022): 1 for the (1 - sparsity) d parameters with the largest Fisher information.
+
+        F_jj = mean_k (d/dx_j L_k(x))^2,    L_k the loss of a single example, with its label (the empirical Fisher)
+
+    of the first `fisher_samples` examples of the batch, the network in evaluation mode. Made in step 0 and every
+    `refresh_every` steps (391 are an epoch of CIFAR-10 in batches of 128). The closure must take `part`.
+
+    Raises:
+        ValueError: sparsity is not in [0, 1), or a count is not an integer >= 1.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            f"fisher_mask: sparsity must be in [0, 1), got {sparsity!r}: it is the part that is not perturbed"
+        )
+    for name, count in (("fisher_samples", fisher_samples), ("refresh_every", refresh_every)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"fisher_mask: {name} must be an integer >= 1, got {count!r}")
+    return FisherMask(sparsity, fisher_samples, refresh_every)
 
 
 def _fill_gaussian(v: Tensor, generator: Generator) -> None:
     v.normal_(generator=generator)
-
-
-def _fill_sphere(v: Tensor, generator: Generator) -> None:
-    v.normal_(generator=generator)
-    v.div_(torch.linalg.vector_norm(v))
 
 
 def _fill_hypercube(v: Tensor, generator: Generator, half_width: float) -> None:
@@ -117,7 +302,6 @@ def _fill_rademacher(v: Tensor, generator: Generator) -> None:
     v.random_(0, 2, generator=generator).mul_(2).sub_(1)
 
 
-def _fill_dirac(v: Tensor, _: Generator, value: Tensor) -> None:
-    if value.shape != v.shape:
-        raise ValueError(f"dirac: v has {value.numel()} numbers, the perturbed parameters have {v.numel()}")
-    v.copy_(value)
+def _flat(v: Tensor | Sequence[Tensor]) -> Tensor:
+    flat = v if isinstance(v, Tensor) else torch.cat([part.reshape(-1) for part in v])
+    return flat.detach().reshape(-1).clone()

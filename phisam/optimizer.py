@@ -10,8 +10,7 @@ overlaps it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +19,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from phisam.checks import check_mesh, check_tensors, trained_parameters
-from phisam.gradient import Perturbation, Rows
-from phisam.guards import Buffers, Monitor, checked_loss, same_randomness
-from phisam.measures import Measure
-from phisam.noise import Noise, key
-from phisam.sharding import LossExchange, SampleMesh, Scope, local_forward, reduces_in_backward, reducing_forward
-
-Closure = Callable[[], Tensor]
+from phisam.checks import (
+    check_lam,
+    check_masks,
+    check_mesh,
+    check_rho,
+    check_settings,
+    check_tensors,
+    trained_parameters,
+)
+from phisam.closures import Closure, first, taking_parts
+from phisam.evaluation import Evaluation, Evaluator
+from phisam.gradient import Perturbation, Rows, add_scaled_, flatten, largest
+from phisam.guards import Buffers, Monitor, same_randomness
+from phisam.measures import Measure, sgd
+from phisam.noise import FisherMask, Noise, key
+from phisam.schedules import Schedule, Scheduled
+from phisam.sharding import Deal, LossExchange, SampleMesh, Scope
+from phisam.wrapping import wrapping_of
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """The n + 1 numbers that a step came down to: detached float64 tensors on the model's device.
 
-    losses (n + 1,): L_0, L_1, ..., L_n.  weights (n + 1,): dF/dL, they sum to 1.  delta (n,): (L_i - L_0) / rho^2.
-    sharpness (): R_rho of Definition 8, of these samples.
+    losses (n + 1,): L_0, L_1, ..., L_n, of the part of the batch that the measure saw.  weights (n + 1,): dF/dL, they
+    sum to 1.  delta (n,): (L_i - L_0) / rho^2.  sharpness (): R_rho of Definition 8, of these samples.
+    With every = k, the steps without the sharpness term have n = 0.
     """
 
     losses: Tensor
@@ -51,19 +61,25 @@ class PhiSAM(Optimizer):
         loss = opt.step(lambda: criterion(model(inputs), targets))
 
     Args:
-        model: the module that the closure evaluates, plain or DDP-wrapped (then the closure calls the wrapper).
+        model: the module that the closure evaluates, plain, DDP-wrapped (then the closure calls the wrapper) or
+            sharded by `fully_shard`.
         base_optimizer: any torch optimizer over the model's parameters. param_groups and state are shared with it,
             so schedulers work on either. A group may carry "rho_scale" (default 1), which multiplies its share of
             v; 0 leaves it unperturbed.
         measure: (phi, psi, mu).
         noise: mu in place of the measure's own; a list for one noise per component of psi.
-        rho: perturbation radius, > 0. May be assigned between steps.
-        lam: factor on the sharpness term (1 is the paper); the strength on S is lam rho^2. May be assigned.
+        rho: perturbation radius, > 0: a number, or a function of the step (`phisam.schedules`). May be assigned.
+        lam: factor on the sharpness term (1 is the paper); the strength on S is lam rho^2. As rho, may be a schedule.
         n_samples: draws of mu a step.
         seed: of the noise and of the dropout masks inside steps.
         mesh: `phisam.sample_mesh(...)` in a process group; None for one process.
         scope: "global": L_e is the mean over the data ranks; "shard": each data rank weighs its own losses.
         max_grad_norm: clips the norm of g, once, after the points were combined and the ranks reduced.
+        every: k: steps 0, k, 2k, ... have the sharpness term, with k lam; the others are the base optimizer's.
+        perturb_fraction: f: the measure sees the first part of the batch alone, also at x, so that delta compares equal
+            batches: g = grad L(whole) + sum_e (w_e - [e = 0]) grad L_e(part). The closure must take `part`.
+        grad_scaler: for fp16 autocast in the closure. PhiSAM scales every loss, unscales g once, skips the step on all
+            ranks if it is not finite, and updates the scaler; nothing of the scaler is to be called elsewhere.
 
     Parameters must be float32 or float64, of one dtype on one device. torch's random generators inside closures
     are keyed by (seed, step, data rank); outside they are untouched. If a loss or gradient is inf or NaN the step
@@ -74,76 +90,55 @@ class PhiSAM(Optimizer):
         ValueError: a setting is out of range, or model, optimizer and mesh do not belong together.
     """
 
+    rho = Scheduled(check_rho)
+    lam = Scheduled(check_lam)
+
     def __init__(
         self,
         model: nn.Module,
         base_optimizer: Optimizer,
         measure: Measure,
         noise: Noise | Sequence[Noise] | None = None,
-        rho: float = 0.01,
-        lam: float = 1.0,
+        rho: float | Schedule = 0.01,
+        lam: float | Schedule = 1.0,
         n_samples: int = 2,
         seed: int = 0,
         mesh: SampleMesh | None = None,
         scope: Scope = "global",
         max_grad_norm: float | None = None,
+        every: int = 1,
+        perturb_fraction: float = 1.0,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if not isinstance(measure, Measure):
-            raise ValueError(f"measure must be a phisam.Measure, such as phisam.frobenius(), got {measure!r}")
-        if not isinstance(n_samples, int):
-            raise ValueError(f"n_samples must be an integer, got {n_samples!r}")
-        if isinstance(base_optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
-        if scope not in ("global", "shard"):
-            raise ValueError(f'scope must be "global" or "shard", got {scope!r}')
+        check_settings(base_optimizer, measure, n_samples, scope, max_grad_norm, every, perturb_fraction)
         self.model = model
         self.base_optimizer = base_optimizer
         self.measure = measure if noise is None else measure.with_noise(noise)
         self.n_samples = n_samples
         self.seed = seed
         self.mesh = mesh if mesh is not None else SampleMesh()
-        self.scope = scope
+        self.scope: Scope = scope
+        self.max_grad_norm = max_grad_norm
+        self.every = every
+        self.perturb_fraction = perturb_fraction
+        self.grad_scaler = grad_scaler
+        self._step = 0
         self.rho = rho
         self.lam = lam
-        self.max_grad_norm = max_grad_norm
         # A phi or psi that does not work is said now, not in a step where other ranks would wait for ever.
         self.measure.weights(torch.zeros(self.measure.n_points(n_samples) + 1), self.rho, 1.0)
+        fisher_mask = self.measure.fisher_mask
+        self._masks: dict[FisherMask, Tensor | None] = {fisher_mask: None} if fisher_mask else {}
+        self._wrapping = wrapping_of(model)
         check_mesh(model, self.mesh)
         self._parameters: list[nn.Parameter] = []
-        self._layout: list[tuple[int, torch.dtype, torch.device, torch.Size]] = []
+        self._layout: list[tuple[Any, ...]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._lay_out()
         self._monitor = Monitor(self._parameters[0].device)
-        self._step = 0
         self._last_step: StepRecord | None = None
-        if not isinstance(model, DistributedDataParallel):
+        if not isinstance(model, DistributedDataParallel) and not self._wrapping.reduces_every_backward:
             self.mesh.broadcast([*(p.data for p in model.parameters()), *model.buffers()])
-
-    @property
-    def rho(self) -> float:
-        """Perturbation radius."""
-        return self._rho
-
-    @rho.setter
-    def rho(self, rho: float) -> None:
-        if not (math.isfinite(rho) and rho > 0 and 0 < rho * rho < math.inf):
-            raise ValueError(
-                f"rho must be a positive finite number, got {rho!r}; for no perturbation use measure=phisam.sgd()"
-            )
-        self._rho = float(rho)
-
-    @property
-    def lam(self) -> float:
-        """Factor on the sharpness term."""
-        return self._lam
-
-    @lam.setter
-    def lam(self, lam: float) -> None:
-        if not math.isfinite(lam):
-            raise ValueError(f"lam must be a finite number, got {lam!r}; lam = 0 is the base optimizer")
-        self._lam = float(lam)
 
     @property
     def last_step(self) -> StepRecord:
@@ -157,9 +152,19 @@ class PhiSAM(Optimizer):
         return self._last_step
 
     @property
-    def gradient_evaluations_per_step(self) -> int:
-        """Forward-and-backward passes over the global batch: n + 1."""
-        return self.measure.n_points(self.n_samples) + 1
+    def coming_step(self) -> int:
+        """Steps taken so far: what schedules, the noise and dropout are a function of."""
+        return self._step
+
+    @property
+    def gradient_evaluations_per_step(self) -> float:
+        """Forward-and-backward passes over the global batch, mean over steps: n + 1, or 1 + n / k with every = k."""
+        evaluations = self.measure.evaluations(self.n_samples)
+        if len(evaluations) == 1:
+            return 1.0
+        whole_batch = self.perturb_fraction == 1
+        extra = sum(evaluations[1:]) if whole_batch else self.perturb_fraction * sum(evaluations)
+        return 1 + extra / self.every
 
     @property
     def skipped_steps(self) -> int:
@@ -167,104 +172,163 @@ class PhiSAM(Optimizer):
         return self._monitor.skipped_steps
 
     @torch.no_grad()
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
         """One step. The closure runs the forward pass and returns the scalar loss; it calls no backward.
+
+        A list of closures is a list of micro-batches (gradient accumulation): each point is evaluated on all of them,
+        L_e is their mean, and one graph is alive at a time. A closure may take one argument, `part`, and then evaluates
+        `part(inputs)` with `part(targets)`: perturb_fraction < 1 and Fisher masks need it.
 
         Returns L_0 = L(x), detached. With a mesh this is collective: every rank calls it, with the same batch on
         the ranks of one data coordinate. Whatever .grad held before is dropped; afterwards it holds g.
 
         Raises:
-            ValueError: the closure called backward or did not return a usable loss. Parameters and buffers are
-                then as they were before the step.
+            ValueError: the closure called backward, did not return a usable loss, or takes no part where one is needed.
+                Parameters and buffers are then as they were before the step.
         """
-        if not callable(closure):
-            raise ValueError(
-                "step needs a closure, since it evaluates the loss at n + 1 points: "
-                "opt.step(lambda: criterion(model(inputs), targets))"
-            )
+        closures = taking_parts(closure, self._why_parts())
         self._lay_out()
+        device = self._parameters[0].device
         buffers = Buffers(self.model)
-        taken = torch.zeros((), dtype=torch.bool, device=self._parameters[0].device)
+        taken = torch.zeros((), dtype=torch.bool, device=device)
         try:
-            with same_randomness(taken.device) as restart:
-                losses, weights, finite = self._accumulate_gradient(closure, buffers, restart)
-            taken = finite & _all_finite([p.grad for p in self._parameters])
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+            with same_randomness(device) as restart:
+                dropout_key = key(self.seed, self._step, -1 - self.mesh.data_rank)  # negative: never that of a point
+                evaluator = Evaluator(
+                    self._wrapping,
+                    self._parameters,
+                    self._perturbation,
+                    closures,
+                    buffers,
+                    lambda: restart(dropout_key),
+                    self._loss_scale(device),
+                )
+                self._refresh_masks(evaluator)
+                record, loss, finite = self._accumulate_gradient(evaluator)
+            taken = finite & self._finish_gradient()
         finally:
             self._perturbation.release()
             buffers.settle(taken)
         self._base_step(taken)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
         self._step += 1
-        self._monitor.record(taken, weights[0])
-        delta = (losses[1:] - losses[0]) / self.rho**2
-        self._last_step = StepRecord(losses, weights, delta, self.measure.value(losses, self.rho))
-        return losses[0].to(self._parameters[0].dtype)
+        self._monitor.record(taken, (self.every - 1 + record.weights[0]) / self.every)
+        self._last_step = record
+        return loss.to(self._parameters[0].dtype)
 
-    def _accumulate_gradient(
-        self, closure: Closure, buffers: Buffers, restart: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """.grad <- g = sum_e w_e grad L_e, reduced over all ranks. Returns losses, weights, all losses finite."""
-        mesh, measure = self.mesh, self.measure
-        n_points = self.gradient_evaluations_per_step
-        last = mesh.rounds(n_points) - 1
-        exchange = LossExchange(mesh, n_points, self.scope)
+    def _accumulate_gradient(self, evaluator: Evaluator) -> tuple[StepRecord, Tensor, Tensor]:
+        """.grad <- g = sum_e w_e grad L_e, reduced over all ranks. Returns the record, L_0, all losses finite."""
+        mesh, rho = self.mesh, self.rho
+        measure, lam = (self.measure, self.every * self.lam) if self._step % self.every == 0 else (sgd(), 0.0)
+        evaluations, split = self._evaluations(measure)
+        deal = Deal(len(evaluations), mesh.sample_size, measure.needs_gradient)
+        exchange = LossExchange(mesh, deal, self.scope)
+        rho_scales = self._rho_scales()
         rows = Rows(len(self._parameters))
+        direction: Tensor | None = None
         for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
             p.grad = None
 
-        for round in range(last):
-            point = mesh.point(round)
-            with local_forward(self.model):
-                loss = self._evaluate(closure, point, buffers, restart)
-            L_e = exchange.report(round, loss.detach().double())
-            gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-            if point == 0:
-                rows.add_unperturbed(gradient)
-            else:
-                delta = (L_e - exchange.losses[0]) / self.rho**2
-                rows.add(gradient, *measure.slopes(delta, point))
+        for round in range(deal.rounds - 1):
+            index = deal.evaluation(round, mesh.sample_rank)
+            assert index is not None
+            evaluation = evaluations[index]
+            self._draw(evaluation, direction)
+            evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=False)
+            L_e = exchange.report(round, evaluated.loss)
+            gradient = evaluator.gradient(evaluated)
+            if evaluation.draw is not None:
+                delta = (L_e - exchange.losses[0]) / rho**2
+                rows.add(gradient, *measure.slopes(delta, evaluation.point))
+                continue
+            if index == 0 and measure.needs_gradient:
+                direction = self._direction(gradient)
+            if not deal.everywhere(round) or mesh.sample_rank == 0:
+                rows.add_unperturbed(index, gradient)
 
-        point = mesh.point(last)
-        mine = point < n_points  # else this rank would only wait: it evaluates x with weight 0, as DDP needs a backward
-        with reducing_forward(self.model):
-            loss = self._evaluate(closure, point if mine else 0, buffers, restart)
-        exchange.report(last, loss.detach().double())
-        weights = measure.weights(exchange.losses, self.rho, self.lam)
-        factors = None
-        if not rows.empty:
-            factors = measure.factors(exchange.losses, self.rho, self.lam, rows.log_scale)
+        round = deal.rounds - 1
+        index = deal.evaluation(round, mesh.sample_rank)
+        # A rank that would only wait evaluates x with weight 0, as DDP needs a backward.
+        evaluation = evaluations[0 if index is None else index]
+        self._draw(evaluation, direction)
+        evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=True)
+        exchange.report(round, evaluated.loss)
+        losses = torch.cat([exchange.losses[:1], exchange.losses[2:]]) if split else exchange.losses
+        weights = measure.weights(losses, rho, lam)
+        by_evaluation = torch.cat([weights[:1] - 1, torch.ones_like(weights[:1]), weights[1:]]) if split else weights
+        factors = None if rows.empty else measure.factors(losses, rho, lam, rows.log_scale)
         # The reduction averages over D S ranks; the mean is over D and the sum over S.
-        for p, gradient_sum in zip(self._parameters, rows.combine(weights[0], factors, mesh.sample_size), strict=True):
-            p.grad = gradient_sum
-        weight = weights[point] if mine else torch.zeros_like(weights[0])
+        gradients = rows.combine(by_evaluation, factors, mesh.sample_size)
+        weight = mesh.sample_size * (torch.zeros_like(weights[0]) if index is None else by_evaluation[index])
+        if evaluated.partial is not None:
+            add_scaled_(gradients, evaluated.partial, weight)
+        self._wrapping.start_gradients(self._parameters, gradients)
         with torch.enable_grad():
-            (loss * (mesh.sample_size * weight).to(loss.dtype)).backward()  # type: ignore[no-untyped-call]
-        if not reduces_in_backward(self.model):
+            (evaluated.graph * weight.to(evaluated.graph.dtype)).backward()  # type: ignore[no-untyped-call]
+        if not self._wrapping.reduces_in_backward:
             mesh.reduce_gradients(self._parameters)
-        return exchange.losses, weights, exchange.finite
+        delta = (losses[1:] - losses[0]) / rho**2
+        record = StepRecord(losses, weights, delta, measure.value(losses, rho))
+        return record, exchange.losses[int(split)], exchange.finite
 
-    def _evaluate(self, closure: Closure, point: int, buffers: Buffers, restart: Callable[[int], None]) -> Tensor:
-        """L_e with its graph, from the buffers and dropout masks that every point of this step gets."""
-        if point == 0:
-            self._perturbation.undo()
-        else:
-            scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
-            self._perturbation.apply(
-                self.measure.noise_of(point),
-                self.rho,
-                [scales[p] for p in self._parameters],
-                self.seed,
-                self._step,
-                point,
-            )
-        buffers.rewind()
-        restart(key(self.seed, self._step, -1 - self.mesh.data_rank))  # negative: never the key of a point's noise
-        with torch.enable_grad():
-            loss = checked_loss(closure(), self._parameters)
-        if point == 0:
-            buffers.keep()
-        return loss
+    def _evaluations(self, measure: Measure) -> tuple[list[Evaluation], bool]:
+        """Points 0..n; with perturb_fraction < 1 on a part of the batch, and x on all of it as evaluation 1."""
+        draws = [measure.draw_of(point) for point in range(1, measure.n_points(self.n_samples) + 1)]
+        split = bool(draws) and self.perturb_fraction < 1
+        part = first(self.perturb_fraction if split else 1.0)
+        at_x = [Evaluation(0, part, keeps_buffers=not split)]
+        if split:
+            at_x.append(Evaluation(0, keeps_buffers=True))
+        return at_x + [Evaluation(point, part, draw) for point, draw in enumerate(draws, 1)], split
+
+    def _draw(self, evaluation: Evaluation, direction: Tensor | None) -> None:
+        if evaluation.draw is not None:
+            mask = evaluation.draw.noise.mask
+            flat = self._masks[mask] if isinstance(mask, FisherMask) else mask
+            self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, flat)
+
+    def _direction(self, gradient: Sequence[Tensor | None]) -> Tensor:
+        """grad L(x) of the scope, flat."""
+        flat = flatten(gradient, self._wrapping.held(self._parameters))
+        if self.scope == "shard" or self.mesh.data_size == 1 or self._wrapping.reduces_every_backward:
+            return flat
+        return self.mesh.sum(flat) / self.mesh.world_size
+
+    def _refresh_masks(self, evaluator: Evaluator) -> None:
+        """Fisher masks, where they are due. Example k is example k // D of data rank k mod D, whatever D is."""
+        mesh = self.mesh
+        for settings in self._masks:
+            if self._step % settings.refresh_every == 0:
+                samples = range(settings.fisher_samples)
+                mine = [
+                    k // mesh.data_size
+                    for k in samples
+                    if k % mesh.data_size == mesh.data_rank
+                    and k // mesh.data_size % mesh.sample_size == mesh.sample_rank
+                ]
+                fisher = mesh.sum(evaluator.squared_gradients(mine))
+                self._masks[settings] = largest(fisher, settings.sparsity)
+
+    def _why_parts(self) -> str | None:
+        """What needs closures that take a part of the batch."""
+        if self._masks:
+            return f"{self.measure.name} (its Fisher mask looks at single examples)"
+        return f"perturb_fraction = {self.perturb_fraction}" if self.perturb_fraction < 1 else None
+
+    def _loss_scale(self, device: torch.device) -> Tensor | None:
+        if self.grad_scaler is None:
+            return None
+        return self.grad_scaler.scale(torch.ones((), device=device))
+
+    def _finish_gradient(self) -> Tensor:
+        """Unscales and clips g, in .grad. Returns whether all of it is finite, on all ranks."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.base_optimizer)
+        finite = self._wrapping.everywhere(_all_finite(self._wrapping.held_gradients(self._parameters)), self.mesh)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        return finite
 
     def _base_step(self, taken: Tensor) -> None:
         """The base optimizer's step, unless the step is skipped."""
@@ -273,7 +337,8 @@ class PhiSAM(Optimizer):
         # makes its momentum in that step and would keep it uninitialised.
         has_momentum = any(group.get("momentum") for group in self.param_groups)
         started = not has_momentum or all(p in base.state for p in self._parameters if p.grad is not None)
-        if started and getattr(base, "_step_supports_amp_scaling", False):
+        on_device = getattr(base, "_step_supports_amp_scaling", False) and not self._wrapping.reduces_every_backward
+        if started and on_device:
             base.found_inf = (~taken).float()  # type: ignore[attr-defined]
             base.grad_scale = None  # type: ignore[attr-defined]
             try:
@@ -298,18 +363,19 @@ class PhiSAM(Optimizer):
         param_group.setdefault("rho_scale", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict, and under "phisam" what this class adds: numbers only."""
+        """The base optimizer's state_dict, and under "phisam" what this class adds: numbers, and Fisher masks."""
         own = {
             "step": self._step,
             "seed": self.seed,
             "rho": self.rho,
             "lam": self.lam,
             "skipped_steps": self.skipped_steps,
+            "masks": list(self._masks.values()),
         }
         return {**self.base_optimizer.state_dict(), "phisam": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes bit for bit from `state_dict()`.
+        """Resumes bit for bit from `state_dict()`. A schedule of rho or lam stays, and goes on at the state's step.
 
         Raises:
             ValueError: it is the state of another optimizer.
@@ -320,10 +386,26 @@ class PhiSAM(Optimizer):
                 "load the state of a bare base optimizer with opt.base_optimizer.load_state_dict(...)"
             )
         own = state_dict["phisam"]
+        if len(own["masks"]) != len(self._masks):
+            raise ValueError(
+                f"load_state_dict: the state has {len(own['masks'])} Fisher masks, but {self.measure!r} has "
+                f"{len(self._masks)}: build PhiSAM with the measure and noise that the state was saved with"
+            )
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "phisam"})
         self._lay_out()
-        self._step, self.seed, self.rho, self.lam = own["step"], own["seed"], own["rho"], own["lam"]
+        self._step, self.seed = own["step"], own["seed"]
+        if not PhiSAM.__dict__["rho"].is_scheduled(self):
+            self.rho = own["rho"]
+        if not PhiSAM.__dict__["lam"].is_scheduled(self):
+            self.lam = own["lam"]
+        device = self._parameters[0].device
+        masks = [None if mask is None else mask.to(device) for mask in own["masks"]]
+        self._masks = dict(zip(self._masks, masks, strict=True))
         self._monitor.skipped_steps = own["skipped_steps"]
+
+    def _rho_scales(self) -> list[float]:
+        scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
+        return [scales[p] for p in self._parameters]
 
     def _lay_out(self) -> None:
         """Follows the base optimizer: its groups, its state, and which parameters are trained now."""
@@ -332,12 +414,24 @@ class PhiSAM(Optimizer):
         for group in self.param_groups:
             group.setdefault("rho_scale", 1.0)
         parameters = trained_parameters(self.model, self.base_optimizer)
-        layout = [(id(p), p.dtype, p.device, p.shape) for p in parameters]
-        if layout != self._layout:
-            self._layout = layout
-            check_tensors(self.model, parameters)
-            self._parameters = parameters
-            self._perturbation = Perturbation(parameters)
+        held = self._wrapping.held(parameters)
+        layout = [(id(p), p.dtype, p.device, p.shape, x.data_ptr()) for p, x in zip(parameters, held, strict=True)]
+        if layout == self._layout:
+            return
+        self._wrapping.check(parameters, self.mesh, self.scope)
+        check_tensors(self.model, parameters)
+        check_masks(self.measure, parameters, sharded=self._wrapping.reduces_every_backward)
+        names = {p: name for name, p in self.model.named_parameters()}
+        self._layout = layout
+        self._parameters = parameters
+        self._perturbation = Perturbation(
+            held,
+            [names[p] for p in parameters],
+            self._wrapping.spans(parameters),
+            sum(p.numel() for p in parameters),
+            lambda v: self._wrapping.norm(v, self.mesh),
+            self._wrapping.moved,
+        )
 
 
 def _all_finite(gradients: Sequence[Tensor | None]) -> Tensor:

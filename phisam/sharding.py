@@ -1,7 +1,7 @@
 """Who evaluates which point, and every collective of the library.
 
-W ranks form a mesh (data = D) x (sample = S), D S = W. Ranks of one data coordinate see the same examples; the
-points e = 0..n are dealt to the sample ranks in rounds. D = 2, S = 3, n = 4:
+W ranks form a mesh (data = D) x (sample = S), D S = W. Ranks of one data coordinate see the same examples; a step's
+evaluations, the points e = 0..n, are dealt to the sample ranks in rounds. D = 2, S = 3, n = 4:
 
                       sample rank 0   sample rank 1   sample rank 2
     round 0           e = 0           e = 1           e = 2
@@ -16,20 +16,23 @@ A step's collectives, whatever n and m are:
                 psi'(delta_e) of a mean over the data ranks must be known before a row takes up the gradient.
     gradient    one all-reduce of d numbers: DDP's, which overlaps the last backward, or `reduce_gradients`.
 
+A noise that is made of grad L (SAM's) has every sample rank evaluate x in round 0; with scope = "global" its direction
+costs one more all-reduce of d numbers. FSDP2 reduces in every backward instead (`wrapping.py`).
+
 A mesh of one process is `SampleMesh()`: the same calls, and nothing to send.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+
+from phisam.measures import Measure
 
 Scope = Literal["global", "shard"]
 
@@ -51,20 +54,16 @@ class SampleMesh:
         """W = D S."""
         return self.data_size * self.sample_size
 
-    def rounds(self, n_points: int) -> int:
-        """Rounds in which n + 1 points are evaluated: ceil((n + 1) / S)."""
-        return -(-n_points // self.sample_size)
-
-    def point(self, round: int) -> int:
-        """The point of this rank in a round; it has none there if the result is not below n + 1."""
-        return round * self.sample_size + self.sample_rank
-
     def gather(self, losses: Tensor) -> Tensor:
         """Every rank's losses of some rounds, (rounds,) -> (D, S, rounds)."""
         return losses[None, None]
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         """.grad becomes its mean over the ranks; None where it is None on all of them."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return tensor
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Every rank gets rank 0's values."""
@@ -94,17 +93,67 @@ class ProcessMesh(SampleMesh):
         for i, (p, mean) in enumerate(zip(parameters, means, strict=True)):
             p.grad = None if absent and absent[i] else mean.view_as(p)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def sample_mesh(n_samples: int, sample_parallel: int | Literal["auto"] = "auto") -> SampleMesh:
+@dataclass(frozen=True)
+class Deal:
+    """Which of a step's evaluations a sample rank has in which round.
+
+    Args:
+        n_evaluations: counted from 0; evaluation 0 is at x.
+        sample_size: S.
+        first_everywhere: every sample rank does evaluation 0, in a round of its own: its gradient makes the others.
+    """
+
+    n_evaluations: int
+    sample_size: int
+    first_everywhere: bool
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the step."""
+        alone = int(self.first_everywhere)
+        return alone - (-(self.n_evaluations - alone) // self.sample_size)
+
+    def evaluations(self, round: int) -> range:
+        """The evaluations of a round, one for each sample rank in order; the last ones may have none."""
+        first = round * self.sample_size
+        if self.first_everywhere:
+            if round == 0:
+                return range(1)
+            first -= self.sample_size - 1
+        return range(first, min(first + self.sample_size, self.n_evaluations))
+
+    def everywhere(self, round: int) -> bool:
+        """Whether all sample ranks do one and the same evaluation."""
+        return self.first_everywhere and round == 0
+
+    def evaluation(self, round: int, sample_rank: int) -> int | None:
+        """What a sample rank evaluates in a round; None if it would only wait."""
+        dealt = self.evaluations(round)
+        if self.everywhere(round):
+            return 0
+        return dealt[sample_rank] if sample_rank < len(dealt) else None
+
+
+def sample_mesh(
+    n_samples: int, sample_parallel: int | Literal["auto"] = "auto", measure: Measure | None = None
+) -> SampleMesh:
     """The mesh (data = D) x (sample = S) over the default process group, D S = W.
 
     Args:
-        n_samples: perturbed points of a step, `measure.n_points(n)`; a step evaluates n_samples + 1 points.
+        n_samples: perturbed points of a step, `measure.n_points(n)`; a step evaluates n_samples + 1 points. With
+            `measure`: the n_samples that PhiSAM gets.
         sample_parallel: S, or "auto" as `sample_size` has it.
+        measure: what the points cost: pairs cost two evaluations, and those of SAM wait for the gradient at x.
 
     Without an initialised process group the result is a mesh of one process.
 
@@ -113,27 +162,38 @@ def sample_mesh(n_samples: int, sample_parallel: int | Literal["auto"] = "auto")
     """
     initialised = dist.is_available() and dist.is_initialized()
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
-    size = sample_size(world_size, n_samples, sample_parallel)
+    size = sample_size(world_size, n_samples, sample_parallel, measure)
     mesh = ProcessMesh if initialised else SampleMesh
     return mesh(rank // size, world_size // size, rank % size, size)
 
 
-def sample_size(world_size: int, n_samples: int, sample_parallel: int | Literal["auto"] = "auto") -> int:
-    """S for W processes and n_samples + 1 points.
+def sample_size(
+    world_size: int,
+    n_samples: int,
+    sample_parallel: int | Literal["auto"] = "auto",
+    measure: Measure | None = None,
+) -> int:
+    """S for W processes; arguments as `sample_mesh` has them.
 
-    "auto" takes the divisor of W, at most n_samples + 1, that wastes the least work (a mesh costs ceil((n + 1) / S) S
-    evaluations of a data rank's batch); of equals the largest, since one point a rank overlaps its all-reduce with
-    its backward and keeps per-rank batches large.
+    "auto" takes the divisor of W, at most n_samples + 1, that wastes the least work (a mesh costs S times the
+    evaluations of its busiest rank, on a data rank's batch); of equals the largest, since one point a rank overlaps its
+    all-reduce with its backward and keeps per-rank batches large.
 
     Raises:
         ValueError: sample_parallel is no divisor of the world size.
     """
     if n_samples < 0:
         raise ValueError(f"n_samples must be >= 0, got {n_samples}")
+    costs = [1] * (n_samples + 1) if measure is None else measure.evaluations(n_samples)
+    first_everywhere = measure is not None and measure.needs_gradient
     divisors = [s for s in range(1, world_size + 1) if world_size % s == 0]
+
+    def work(size: int) -> int:
+        deal = Deal(len(costs), size, first_everywhere)
+        return size * sum(max(costs[e] for e in deal.evaluations(round)) for round in range(deal.rounds))
+
     if sample_parallel == "auto":
-        n_points = n_samples + 1
-        return min((s for s in divisors if s <= n_points), key=lambda s: (-(-n_points // s) * s, -s))
+        return min((s for s in divisors if s <= len(costs)), key=lambda s: (work(s), -s))
     if sample_parallel not in divisors:
         raise ValueError(
             f"world size {world_size} = data x sample, but sample = sample_parallel = {sample_parallel!r} leaves "
@@ -145,95 +205,43 @@ def sample_size(world_size: int, n_samples: int, sample_parallel: int | Literal[
 class LossExchange:
     """The losses of one step, as the ranks come to know them.
 
-    scope = "global": L_e is the mean over the data ranks, the paper's algorithm on the global batch.
+    scope = "global": a loss is the mean over the data ranks, the paper's algorithm on the global batch.
     scope = "shard": each data rank uses its own (m-sharpness).
     """
 
-    def __init__(self, mesh: SampleMesh, n_points: int, scope: Scope) -> None:
+    def __init__(self, mesh: SampleMesh, deal: Deal, scope: Scope) -> None:
         self._mesh = mesh
-        self._n_points = n_points
+        self._deal = deal
         self._scope = scope
-        self._last_round = mesh.rounds(n_points) - 1
         self._each_round = scope == "global" and mesh.data_size > 1
         self._waiting: list[Tensor] = []
         self._known: list[Tensor] = []
         self._finite: list[Tensor] = []
 
     def report(self, round: int, loss: Tensor) -> Tensor:
-        """Takes this rank's loss of a round (scalar, float64); returns L_e as the measure must see it.
+        """Takes this rank's loss of a round (scalar, float64); returns it as the measure must see it.
 
         Collective in round 0, in the last round, and in each round where the scope needs it.
         """
         self._waiting.append(loss)
-        if not (round in (0, self._last_round) or self._each_round):
+        if not (round in (0, self._deal.rounds - 1) or self._each_round):
             return loss
-        first = round + 1 - len(self._waiting)
         by_rank = self._mesh.gather(torch.stack(self._waiting))
-        by_point = by_rank.transpose(1, 2).flatten(1)[:, : self._n_points - first * self._mesh.sample_size]
-        self._finite.append(torch.isfinite(by_point).all())
-        self._known.append(by_point.mean(0) if self._scope == "global" else by_point[self._mesh.data_rank])
+        rounds = range(round + 1 - len(self._waiting), round + 1)
+        dealt = sum(len(self._deal.evaluations(past)) for past in rounds)
+        by_evaluation = by_rank.transpose(1, 2).flatten(1)[:, :dealt]
+        self._finite.append(torch.isfinite(by_evaluation).all())
+        self._known.append(by_evaluation.mean(0) if self._scope == "global" else by_evaluation[self._mesh.data_rank])
         self._waiting = []
-        point = self._mesh.point(round)
-        return self.losses[point] if point < self._n_points else loss
+        evaluation = self._deal.evaluation(round, self._mesh.sample_rank)
+        return loss if evaluation is None else self.losses[evaluation]
 
     @property
     def losses(self) -> Tensor:
-        """L_0, ..., L_e as far as they were exchanged; all n + 1 after the last round. Float64."""
+        """The losses of the evaluations as far as they were exchanged; all of them after the last round. Float64."""
         return torch.cat(self._known)
 
     @property
     def finite(self) -> Tensor:
         """Whether every exchanged loss of every rank is finite; the same answer on all ranks. Bool scalar tensor."""
         return torch.stack(self._finite).all()
-
-
-def reduces_in_backward(model: nn.Module) -> bool:
-    """Whether the last backward all-reduces by itself: DDP's does.
-
-    Not with find_unused_parameters: DDP would leave a parameter out that only earlier points of the step have used.
-    """
-    return isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
-
-
-@contextmanager
-def reducing_forward(model: nn.Module) -> Iterator[None]:
-    """The forward goes through DDP and arms its all-reduce; its broadcast of buffers, one more collective, is left out.
-
-    Raises:
-        ValueError: DDP's forward was not called.
-    """
-    if not reduces_in_backward(model):
-        with local_forward(model):
-            yield
-        return
-    assert isinstance(model, DistributedDataParallel)
-    called: list[bool] = []
-    hook = model.register_forward_pre_hook(lambda *_: called.append(True))
-    broadcast_buffers, model.broadcast_buffers = model.broadcast_buffers, False
-    try:
-        yield
-    finally:
-        hook.remove()
-        model.broadcast_buffers = broadcast_buffers
-    if not called:
-        raise ValueError(
-            "PhiSAM got the DDP-wrapped model, but the closure calls the module inside it, so that gradients would not "
-            "be reduced and the replicas would diverge: call the wrapper in the closure"
-        )
-
-
-@contextmanager
-def local_forward(model: nn.Module) -> Iterator[None]:
-    """Forwards pass DDP by: a point whose gradient goes to a row must not touch the reducer.
-
-    `no_sync` would not do: a forward inside it may still rebuild buckets, a collective that ranks with another
-    number of points would not join.
-    """
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    model.forward = model.module.__call__  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.forward  # the class's own method is seen again

@@ -374,10 +374,10 @@ def test_rows_need_no_more_memory_for_more_samples() -> None:
 
     def held(points: int) -> int:
         rows = Rows(1)
-        rows.add_unperturbed([torch.ones(5)])
+        rows.add_unperturbed(0, [torch.ones(5)])
         for _ in range(points):
             rows.add([torch.ones(5)], torch.ones(2, dtype=torch.float64), None)
-        return sum(len(row) for row in [rows._point_0, *rows._rows])
+        return sum(len(row) for row in [*(row for _, row in rows._at_x), *rows._rows])
 
     assert held(2) == held(40) == 3
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import phisam
-from phisam.sharding import LossExchange, ProcessMesh, SampleMesh
+from phisam.sharding import Deal, LossExchange, ProcessMesh, SampleMesh
 from tests.phisam import gloo
 
 BATCH = 12
@@ -349,6 +349,23 @@ def test_auto_wastes_no_evaluation(
     assert (mesh.data_size, mesh.sample_size) == (world_size // expected, expected)
 
 
+@pytest.mark.parametrize(
+    ("measure", "world_size", "n_samples", "expected"),
+    [
+        (phisam.sam(), 4, 2, 1),  # its points wait for each other: data ranks waste nothing, sample ranks do
+        (phisam.trace().with_noise(phisam.gaussian().symmetric()), 2, 1, 1),  # 1 + 2 evaluations: 3 on one, 4 on two
+        (phisam.trace().with_noise(phisam.gaussian().symmetric()), 3, 3, 1),
+        (phisam.frobenius(), 4, 3, 4),
+        (phisam.sgd(), 4, 3, 1),
+    ],
+)
+def test_auto_knows_what_the_points_of_a_measure_cost(
+    monkeypatch: pytest.MonkeyPatch, measure: phisam.Measure, world_size: int, n_samples: int, expected: int
+) -> None:
+    _pretend(monkeypatch, world_size)
+    assert phisam.sample_mesh(n_samples, measure=measure).sample_size == expected
+
+
 def test_mesh_that_does_not_divide_the_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, 4)
     with pytest.raises(
@@ -363,14 +380,19 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
 
 
+@pytest.mark.parametrize("first_everywhere", [False, True])
 @pytest.mark.parametrize("S", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("n_points", [1, 2, 5, 6])
-def test_every_point_has_exactly_one_owner(S: int, n_points: int) -> None:
-    points = []
-    for s in range(S):
-        mesh = SampleMesh(sample_rank=s, sample_size=S)
-        points += [mesh.point(r) for r in range(mesh.rounds(n_points)) if mesh.point(r) < n_points]
-    assert sorted(points) == list(range(n_points))
+def test_every_point_has_exactly_one_owner(S: int, n_points: int, first_everywhere: bool) -> None:
+    """But x, which all ranks evaluate where its gradient makes the others; idle ranks stand in the last round alone."""
+    deal = Deal(n_points, S, first_everywhere)
+    dealt = [[deal.evaluation(r, s) for r in range(deal.rounds)] for s in range(S)]
+    points = [e for rank in dealt for e in rank if e is not None]
+    assert sorted(set(points)) == list(range(n_points))
+    assert len(points) == n_points + (S - 1 if first_everywhere else 0)
+    assert all(e is not None for rank in dealt for e in rank[:-1])
+    if not first_everywhere:
+        assert deal.rounds == -(-n_points // S)
 
 
 def test_losses_are_ordered_by_point_whatever_the_rounds() -> None:
@@ -385,11 +407,11 @@ def test_losses_are_ordered_by_point_whatever_the_rounds() -> None:
 
         seen = 0
 
-    exchange = LossExchange(Recorded(0, 2, 1, 2), n_points=3, scope="shard")
+    exchange = LossExchange(Recorded(0, 2, 1, 2), Deal(3, 2, False), scope="shard")
     exchange.report(0, torch.tensor(1.0, dtype=torch.float64))
     exchange.report(1, torch.tensor(3.0, dtype=torch.float64))
     assert exchange.losses.tolist() == [0.0, 1.0, 2.0]
-    exchange = LossExchange(Recorded(0, 2, 1, 2), n_points=3, scope="global")
+    exchange = LossExchange(Recorded(0, 2, 1, 2), Deal(3, 2, False), scope="global")
     exchange.report(0, torch.tensor(1.0, dtype=torch.float64))
     exchange.report(1, torch.tensor(3.0, dtype=torch.float64))
     assert exchange.losses.tolist() == [50.0, 51.0, 52.0]
