@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from phisam.measures import Measure
-from phisam.noise import FisherMask
 from phisam.sharding import SampleMesh
 
 
@@ -56,16 +55,6 @@ def check_settings(
             f"perturb_fraction must be in (0, 1], got {perturb_fraction!r}: it is the part of the batch that the "
             "measure sees; 1 is all of it"
         )
-
-
-def check_masks(measure: Measure, parameters: Sequence[nn.Parameter], sharded: bool) -> None:
-    """Raises ValueError where a noise's mask does not fit the parameters."""
-    d = sum(p.numel() for p in parameters)
-    for mask in (noise.mask for noise in measure.noises):
-        if mask is not None and sharded:
-            raise ValueError(f"{measure.name}: masks are not made for parameters that fully_shard spreads; use DDP")
-        if mask is not None and not isinstance(mask, FisherMask) and mask.numel() != d:
-            raise ValueError(f"{measure.name}: the mask has {mask.numel()} numbers, the trained parameters have {d}")
 
 
 def trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.Parameter]:

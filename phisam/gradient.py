@@ -161,14 +161,6 @@ class Rows:
         return total
 
 
-def largest(values: Tensor, sparsity: float) -> Tensor:
-    """Bool mask (d,): True for the round((1 - sparsity) d) largest values."""
-    keep = round((1 - sparsity) * values.numel())
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    mask[torch.topk(values, keep, sorted=False).indices] = True
-    return mask
-
-
 def flatten(gradients: Gradients, like: Sequence[Tensor]) -> Tensor:
     """One vector, with zeros where there is no gradient."""
     return torch.cat(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from phisam import noise as mu
-from phisam.noise import Draw, FisherMask, Noise, Scaled
+from phisam.noise import Draw, Noise, Scaled
 
 Phi = Callable[[Tensor], Tensor]
 Psi = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -114,18 +114,6 @@ class Measure:
     def needs_gradient(self) -> bool:
         """A perturbed point can be made only when grad L(x) is known."""
         return any(noise.of_gradient for noise in self.noises)
-
-    @property
-    def fisher_mask(self) -> FisherMask | None:
-        """The mask that the step must keep up to date.
-
-        Raises:
-            ValueError: noises of one measure have different ones.
-        """
-        masks = {noise.mask for noise in self.noises if isinstance(noise.mask, FisherMask)}
-        if len(masks) > 1:
-            raise ValueError(f"{self.name}: {len(masks)} different Fisher masks in one measure; use one for all noises")
-        return next(iter(masks), None)
 
     def weights(self, losses: Tensor, rho: float, lam: float) -> Tensor:
         """w = dF/dL, shape (n + 1,), in the dtype of `losses` (n + 1,); sums to 1.

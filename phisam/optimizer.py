@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from phisam.base import BaseStep
 from phisam.checks import (
     check_lam,
-    check_masks,
     check_mesh,
     check_rho,
     check_settings,
@@ -30,10 +30,11 @@ from phisam.checks import (
 )
 from phisam.closures import Closure, first, taking_parts
 from phisam.evaluation import Evaluation, Evaluator
-from phisam.gradient import Perturbation, Rows, add_scaled_, flatten, largest
+from phisam.gradient import Perturbation, Rows, add_scaled_, flatten
 from phisam.guards import Buffers, Monitor, same_randomness
+from phisam.masks import Masks
 from phisam.measures import Measure, sgd
-from phisam.noise import FisherMask, Noise, key
+from phisam.noise import Noise, key
 from phisam.schedules import Schedule, Scheduled
 from phisam.sharding import Deal, LossExchange, SampleMesh, Scope
 from phisam.wrapping import wrapping_of
@@ -118,18 +119,16 @@ class PhiSAM(Optimizer):
         self.seed = seed
         self.mesh = mesh if mesh is not None else SampleMesh()
         self.scope: Scope = scope
-        self.max_grad_norm = max_grad_norm
         self.every = every
         self.perturb_fraction = perturb_fraction
-        self.grad_scaler = grad_scaler
         self._step = 0
         self.rho = rho
         self.lam = lam
         # A phi or psi that does not work is said now, not in a step where other ranks would wait for ever.
         self.measure.weights(torch.zeros(self.measure.n_points(n_samples) + 1), self.rho, 1.0)
-        fisher_mask = self.measure.fisher_mask
-        self._masks: dict[FisherMask, Tensor | None] = {fisher_mask: None} if fisher_mask else {}
+        self._masks = Masks(self.measure.noises)
         self._wrapping = wrapping_of(model)
+        self._base_step = BaseStep(base_optimizer, self._wrapping, grad_scaler, max_grad_norm)
         check_mesh(model, self.mesh)
         self._parameters: list[nn.Parameter] = []
         self._layout: list[tuple[Any, ...]] = []
@@ -201,17 +200,15 @@ class PhiSAM(Optimizer):
                     closures,
                     buffers,
                     lambda: restart(dropout_key),
-                    self._loss_scale(device),
+                    self._base_step.loss_scale(device),
                 )
-                self._refresh_masks(evaluator)
+                self._masks.refresh(self._step, evaluator, self.mesh)
                 record, loss, finite = self._accumulate_gradient(evaluator)
-            taken = finite & self._finish_gradient()
+            taken = finite & self._base_step.finish_gradient(self._parameters, self.mesh)
         finally:
             self._perturbation.release()
             buffers.settle(taken)
-        self._base_step(taken)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
+        self._base_step.take(taken, self._parameters)
         self._step += 1
         self._monitor.record(taken, (self.every - 1 + record.weights[0]) / self.every)
         self._last_step = record
@@ -284,9 +281,8 @@ class PhiSAM(Optimizer):
 
     def _draw(self, evaluation: Evaluation, direction: Tensor | None) -> None:
         if evaluation.draw is not None:
-            mask = evaluation.draw.noise.mask
-            flat = self._masks[mask] if isinstance(mask, FisherMask) else mask
-            self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, flat)
+            mask = self._masks.of(evaluation.draw.noise)
+            self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, mask)
 
     def _direction(self, gradient: Sequence[Tensor | None]) -> Tensor:
         """grad L(x) of the scope, flat."""
@@ -295,58 +291,11 @@ class PhiSAM(Optimizer):
             return flat
         return self.mesh.sum(flat) / self.mesh.world_size
 
-    def _refresh_masks(self, evaluator: Evaluator) -> None:
-        """Fisher masks, where they are due. Example k is example k // D of data rank k mod D, whatever D is."""
-        mesh = self.mesh
-        for settings in self._masks:
-            if self._step % settings.refresh_every == 0:
-                samples = range(settings.fisher_samples)
-                mine = [
-                    k // mesh.data_size
-                    for k in samples
-                    if k % mesh.data_size == mesh.data_rank
-                    and k // mesh.data_size % mesh.sample_size == mesh.sample_rank
-                ]
-                fisher = mesh.sum(evaluator.squared_gradients(mine))
-                self._masks[settings] = largest(fisher, settings.sparsity)
-
     def _why_parts(self) -> str | None:
         """What needs closures that take a part of the batch."""
-        if self._masks:
+        if self._masks.need_examples:
             return f"{self.measure.name} (its Fisher mask looks at single examples)"
         return f"perturb_fraction = {self.perturb_fraction}" if self.perturb_fraction < 1 else None
-
-    def _loss_scale(self, device: torch.device) -> Tensor | None:
-        if self.grad_scaler is None:
-            return None
-        return self.grad_scaler.scale(torch.ones((), device=device))
-
-    def _finish_gradient(self) -> Tensor:
-        """Unscales and clips g, in .grad. Returns whether all of it is finite, on all ranks."""
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.base_optimizer)
-        finite = self._wrapping.everywhere(_all_finite(self._wrapping.held_gradients(self._parameters)), self.mesh)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
-        return finite
-
-    def _base_step(self, taken: Tensor) -> None:
-        """The base optimizer's step, unless the step is skipped."""
-        base = self.base_optimizer
-        # torch's fused optimizers skip on the device; but their first step must not be skipped there, since fused SGD
-        # makes its momentum in that step and would keep it uninitialised.
-        has_momentum = any(group.get("momentum") for group in self.param_groups)
-        started = not has_momentum or all(p in base.state for p in self._parameters if p.grad is not None)
-        on_device = getattr(base, "_step_supports_amp_scaling", False) and not self._wrapping.reduces_every_backward
-        if started and on_device:
-            base.found_inf = (~taken).float()  # type: ignore[attr-defined]
-            base.grad_scale = None  # type: ignore[attr-defined]
-            try:
-                base.step()
-            finally:
-                del base.found_inf, base.grad_scale  # type: ignore[attr-defined]
-        elif taken:
-            base.step()
 
     def sync_buffers(self) -> None:
         """Collective: every rank gets the buffers of rank 0, which point 0 has moved (BatchNorm's statistics).
@@ -370,7 +319,7 @@ class PhiSAM(Optimizer):
             "rho": self.rho,
             "lam": self.lam,
             "skipped_steps": self.skipped_steps,
-            "masks": list(self._masks.values()),
+            "masks": self._masks.state(),
         }
         return {**self.base_optimizer.state_dict(), "phisam": own}
 
@@ -386,11 +335,7 @@ class PhiSAM(Optimizer):
                 "load the state of a bare base optimizer with opt.base_optimizer.load_state_dict(...)"
             )
         own = state_dict["phisam"]
-        if len(own["masks"]) != len(self._masks):
-            raise ValueError(
-                f"load_state_dict: the state has {len(own['masks'])} Fisher masks, but {self.measure!r} has "
-                f"{len(self._masks)}: build PhiSAM with the measure and noise that the state was saved with"
-            )
+        self._masks.load(own["masks"], self._parameters[0].device)
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "phisam"})
         self._lay_out()
         self._step, self.seed = own["step"], own["seed"]
@@ -398,9 +343,6 @@ class PhiSAM(Optimizer):
             self.rho = own["rho"]
         if not PhiSAM.__dict__["lam"].is_scheduled(self):
             self.lam = own["lam"]
-        device = self._parameters[0].device
-        masks = [None if mask is None else mask.to(device) for mask in own["masks"]]
-        self._masks = dict(zip(self._masks, masks, strict=True))
         self._monitor.skipped_steps = own["skipped_steps"]
 
     def _rho_scales(self) -> list[float]:
@@ -420,7 +362,8 @@ class PhiSAM(Optimizer):
             return
         self._wrapping.check(parameters, self.mesh, self.scope)
         check_tensors(self.model, parameters)
-        check_masks(self.measure, parameters, sharded=self._wrapping.reduces_every_backward)
+        d = sum(p.numel() for p in parameters)
+        self._masks.check(d, sharded=self._wrapping.reduces_every_backward)
         names = {p: name for name, p in self.model.named_parameters()}
         self._layout = layout
         self._parameters = parameters
@@ -428,15 +371,7 @@ class PhiSAM(Optimizer):
             held,
             [names[p] for p in parameters],
             self._wrapping.spans(parameters),
-            sum(p.numel() for p in parameters),
+            d,
             lambda v: self._wrapping.norm(v, self.mesh),
             self._wrapping.moved,
         )
-
-
-def _all_finite(gradients: Sequence[Tensor | None]) -> Tensor:
-    if all(g is None for g in gradients):
-        raise ValueError("the loss depends on no parameter of the base optimizer")
-    # One fused pass; a square that overflows counts as inf, as it would in Adam's second moment.
-    norms = torch._foreach_norm([g for g in gradients if g is not None])
-    return torch.isfinite(torch.stack(norms)).all()

@@ -160,7 +160,7 @@ class Sharded(Wrapping):
                 raise ValueError(
                     f"parameter {name!r} is placed as {p.placements} over {p.device_mesh.size()} ranks, but the step "
                     f"knows pieces of dimension 0 over all {mesh.world_size} ranks of its mesh: use a device mesh of "
-                    "one dimension, fully_shard's own placement, and mesh=phisam.sample_mesh(n_samples, sample_parallel=1)"
+                    "one dimension, fully_shard's own placement, and mesh=phisam.sample_mesh(n, sample_parallel=1)"
                 )
         for name, module in self.model.named_modules():
             if isinstance(module, FSDPModule):
