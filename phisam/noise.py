@@ -189,8 +189,8 @@ class Noise:
 
 
 def normalize_(v: Tensor, norm: Tensor) -> None:
-    """v / norm; zero stays zero."""
-    v.div_(norm.clamp_min(torch.finfo(v.dtype).tiny))
+    """v / norm; zero stays zero, and a v so small that the squares in its norm underflow becomes no unit vector."""
+    v.div_(norm.clamp_min(torch.finfo(v.dtype).tiny ** 0.5))
 
 
 def key(*parts: int) -> int:
@@ -228,8 +228,8 @@ def gaussian() -> Noise:
 def sphere() -> Noise:
     """mu = Uniform(S^{d-1}), Table 1 row 1: ‖v‖ = 1 over ALL parameters together. E[v v^T] = I / d.
 
-    Entries are near 1 / sqrt(d): at rho = 0.01 and d = 11 million below the float32 resolution of a weight near 1.
-    The paper's Trace-SAM numbers come from draws that are not normalised; `gaussian()` reproduces those.
+    S is divided by d, so that at d = 11 million and a usual rho almost nothing of the sharpness term is left. The
+    paper's Trace-SAM numbers come from draws that are not normalised; `gaussian()` reproduces those.
     """
     return Noise("sphere", _fill_gaussian, unit=True)
 

@@ -187,6 +187,8 @@ class PhiSAM(Optimizer):
         """
         closures = taking_parts(closure, self._why_parts())
         self._lay_out()
+        for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
+            p.grad = None
         device = self._parameters[0].device
         buffers = Buffers(self.model)
         taken = torch.zeros((), dtype=torch.bool, device=device)
@@ -224,9 +226,6 @@ class PhiSAM(Optimizer):
         rho_scales = self._rho_scales()
         rows = Rows(len(self._parameters))
         direction: Tensor | None = None
-        for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
-            p.grad = None
-
         for round in range(deal.rounds - 1):
             index = deal.evaluation(round, mesh.sample_rank)
             assert index is not None
@@ -339,9 +338,9 @@ class PhiSAM(Optimizer):
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "phisam"})
         self._lay_out()
         self._step, self.seed = own["step"], own["seed"]
-        if not PhiSAM.__dict__["rho"].is_scheduled(self):
+        if not PhiSAM.rho.is_scheduled(self):
             self.rho = own["rho"]
-        if not PhiSAM.__dict__["lam"].is_scheduled(self):
+        if not PhiSAM.lam.is_scheduled(self):
             self.lam = own["lam"]
         self._monitor.skipped_steps = own["skipped_steps"]
 

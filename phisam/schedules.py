@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, overload
 
 Schedule = Callable[[int], float]
 
@@ -18,23 +18,31 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    """start + (end - start) step / steps; end from `steps` on."""
-    return lambda step: start + (end - start) * _progress(step, steps)
+    """start + (end - start) step / steps; end from `steps` on.
+
+    Raises:
+        ValueError: steps < 1, as for every schedule.
+    """
+    _check_steps(steps)
+    return lambda step: start + (end - start) * min(1.0, step / steps)
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
     """end + (start - end) (1 + cos(pi step / steps)) / 2; end from `steps` on."""
-    return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _progress(step, steps)))
+    _check_steps(steps)
+    return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def warmup(after: float | Schedule, steps: int) -> Schedule:
     """(step + 1) / steps of the value during the first `steps` steps: never 0, since rho must be > 0."""
+    _check_steps(steps)
     schedule = after if callable(after) else constant(after)
     return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
 
 
-def _progress(step: int, steps: int) -> float:
-    return min(1.0, step / steps)
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"a schedule's steps must be >= 1, got {steps!r}")
 
 
 class Scheduled:
@@ -50,7 +58,15 @@ class Scheduled:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = f"_{name}"
 
-    def __get__(self, owner: HasStep, kind: type) -> float:
+    @overload
+    def __get__(self, owner: None, kind: type) -> Scheduled: ...
+
+    @overload
+    def __get__(self, owner: HasStep, kind: type) -> float: ...
+
+    def __get__(self, owner: HasStep | None, kind: type) -> float | Scheduled:
+        if owner is None:
+            return self
         assigned = owner.__dict__[self._name]
         value = assigned(owner.coming_step) if callable(assigned) else assigned
         self._check(value)
