@@ -8,6 +8,7 @@ Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `
 """
 
 from phisam import schedules
+from phisam.closures import Part
 from phisam.measures import (
     Measure,
     asam,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Measure",
     "Noise",
+    "Part",
     "PhiSAM",
     "SampleMesh",
     "StepRecord",

@@ -36,6 +36,10 @@ class Masks:
                     f"{noise.name}: the mask has {noise.mask.numel()} numbers, the trained parameters have {d}"
                 )
 
+    def forget(self) -> None:
+        """Other parameters are trained now: masks are made anew in the next step."""
+        self._fisher = dict.fromkeys(self._fisher)
+
     def of(self, noise: Noise) -> Tensor | None:
         """The flat mask of a noise, (d,); None if all parameters are perturbed."""
         return self._fisher[noise.mask] if isinstance(noise.mask, FisherMask) else noise.mask
@@ -43,7 +47,7 @@ class Masks:
     def refresh(self, step: int, evaluator: Evaluator, mesh: SampleMesh) -> None:
         """Makes the masks that are due. Collective. Example k is example k // D of data rank k mod D, for every D."""
         for settings in self._fisher:
-            if step % settings.refresh_every:
+            if step % settings.refresh_every and self._fisher[settings] is not None:
                 continue
             mine = [
                 k // mesh.data_size

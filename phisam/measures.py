@@ -206,6 +206,11 @@ class _Frobenius(Measure):
                 f"frobenius: n_samples = {n_samples}, but the unbiased covariance of Algorithm 3 divides by n - 1; "
                 "use n_samples >= 2, or measure=phisam.frobenius(unbiased=False)"
             )
+        if n_samples == 2 and any(noise.paired for noise in self.noises):
+            raise ValueError(
+                "frobenius: n_samples = 2 antithetic draws are one pair, whose deltas differ by the gradient alone, so "
+                "that nothing of the Hessian would be seen; use symmetric(), or n_samples >= 4"
+            )
         return super().n_points(n_samples)
 
     def _phi(self, t: Tensor, n: int) -> Tensor:

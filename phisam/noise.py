@@ -91,9 +91,16 @@ class Noise:
     def antithetic(self) -> Noise:
         """Draws come in pairs: draw 2j + 1 is minus draw 2j. n_samples must be even; a step costs n + 1 as before.
 
+        For measures that are linear in delta, such as trace: the first-order parts of a pair cancel. Frobenius leans to
+        the gradient norm with it, and is better served by `symmetric`: see docs/options.md.
+
         Raises:
-            ValueError: mu is of the gradient, or symmetric already.
+            ValueError: mu is no distribution that is drawn from, or symmetric already.
         """
+        if self.value is not None:
+            raise ValueError(
+                f"{self.name}: -v is no draw of a mu that is one fixed v; symmetric() evaluates both sides"
+            )
         self._must_be_drawn("antithetic")
         if self.two_sided:
             raise ValueError(
@@ -274,8 +281,9 @@ def fisher_mask(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: 
 
         F_jj = mean_k (d/dx_j L_k(x))^2,    L_k the loss of a single example, with its label (the empirical Fisher)
 
-    of the first `fisher_samples` examples of the batch, the network in evaluation mode. Made in step 0 and every
-    `refresh_every` steps (391 are an epoch of CIFAR-10 in batches of 128). The closure must take `part`.
+    of the first `fisher_samples` examples of the batch (counted round and round if it is smaller), the network in
+    evaluation mode. Made in step 0, every `refresh_every` steps (391 are an epoch of CIFAR-10 in batches of 128), and
+    when other parameters are trained than before. The closure must take `part`.
 
     Raises:
         ValueError: sparsity is not in [0, 1), or a count is not an integer >= 1.

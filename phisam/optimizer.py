@@ -363,6 +363,7 @@ class PhiSAM(Optimizer):
         check_tensors(self.model, parameters)
         d = sum(p.numel() for p in parameters)
         self._masks.check(d, sharded=self._wrapping.reduces_every_backward)
+        self._masks.forget()
         names = {p: name for name, p in self.model.named_parameters()}
         self._layout = layout
         self._parameters = parameters

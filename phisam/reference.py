@@ -129,3 +129,66 @@ def derivative(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(t)
     return torch.autograd.grad(value, t)[0]
+
+
+# The baselines of Table 2, in the letters of their papers, each as the gradient that its base optimizer gets.
+
+
+def sam(L: Loss, x: Tensor, rho: float) -> Tensor:
+    """Foret, Kleiner, Mobahi, Neyshabur 2021: grad L(w + eps), eps = rho grad L(w) / ‖grad L(w)‖_2, with w = x."""
+    w = x
+    eps = rho * gradient(L, w) / torch.linalg.vector_norm(gradient(L, w))
+    return gradient(L, w + eps)
+
+
+def asam(L: Loss, x: Tensor, rho: float, eta: float, scaled: Tensor | None = None) -> Tensor:
+    """Kwon, Kim, Park, Choi 2021: grad L(w + eps), eps = rho T_w^2 grad L(w) / ‖T_w grad L(w)‖_2, T_w = |w| + eta.
+
+    scaled (d,), bool: T_w is 1 where it is False. None: every parameter is scaled, as the paper has it; its authors'
+    code scales the parameters whose name contains "weight".
+    """
+    w = x
+    T_w = w.abs() + eta
+    if scaled is not None:
+        T_w = torch.where(scaled, T_w, torch.ones_like(w))
+    eps = rho * T_w**2 * gradient(L, w) / torch.linalg.vector_norm(T_w * gradient(L, w))
+    return gradient(L, w + eps)
+
+
+def fisher_diagonal(losses: Sequence[Loss], x: Tensor) -> Tensor:
+    """The diagonal of the empirical Fisher information, (d,): the mean over examples of (grad log p(y_i | x_i))^2.
+
+    losses: -log p(y_i | x_i) as a function of the parameters, one for each example, not averaged.
+    """
+    return torch.stack([gradient(loss, x) ** 2 for loss in losses]).mean(0)
+
+
+def fisher_mask(F: Tensor, sparsity: float) -> Tensor:
+    """1 at the (1 - sparsity) d coordinates of the largest Fisher information F (d,), 0 elsewhere.
+
+    (1 - sparsity) d is rounded to the nearest integer; the authors' code rounds down.
+    """
+    kept = torch.argsort(F, descending=True)[: round((1 - sparsity) * len(F))]
+    m = torch.zeros_like(F)
+    m[kept] = 1
+    return m
+
+
+def ssam(L: Loss, x: Tensor, rho: float, mask: Tensor) -> Tensor:
+    """Mi, Shen, Ren, Zhou, Sun, Ji, Tao 2022, SSAM-F: grad L(w + m eps), with SAM's eps and the mask m (d,).
+
+    ‖grad L(w)‖ is of the whole gradient, not of the masked one.
+    """
+    w, m = x, mask
+    eps = rho * gradient(L, w) / torch.linalg.vector_norm(gradient(L, w))
+    return gradient(L, w + m * eps)
+
+
+def symmetric_loss(L: Loss, x: Tensor, v: Tensor, rho: float, phi: Phi, psi: Psi, lam: float = 1.0) -> Tensor:
+    """`sharpness_aware_loss` with the mean over the pair x + rho v_i, x - rho v_i in place of L(x + rho v_i). Ours."""
+
+    def pair(at: Tensor, v_i: Tensor) -> Tensor:
+        return (L(at + rho * v_i) + L(at - rho * v_i)) / 2
+
+    t = torch.stack([_vector(psi((pair(x, v_i) - L(x)) / rho**2)) for v_i in v]).mean(0)
+    return L(x) + lam * rho**2 * _phi(phi, t)
