@@ -101,7 +101,11 @@ class Evaluator:
         return self._added(evaluated.partial, evaluated.graph)
 
     def squared_gradients(self, examples: Sequence[int]) -> Tensor:
-        """sum_k (grad L_k)^2, flat, over single examples of the first micro-batch; the network in evaluation mode."""
+        """sum_k (grad L_k)^2, flat, over single examples; the network in evaluation mode.
+
+        Example k is example k // M of micro-batch k mod M, as strided micro-batches have it.
+        """
+        M = len(self._closures)
         total = torch.zeros_like(flatten(self._parameters, self._parameters))
         modes = [(module, module.training) for module in self._wrapping.model.modules()]
         self._wrapping.model.eval()
@@ -109,7 +113,7 @@ class Evaluator:
             for example in examples:
                 self._go_to(0.0, ())
                 with self._wrapping.local_forward(), torch.enable_grad():
-                    loss = checked_loss(self._closures[0](single(example)), self._parameters)
+                    loss = checked_loss(self._closures[example % M](single(example // M)), self._parameters)
                 total.addcmul_(*[flatten(self._wrapping.gradient(loss, self._parameters), self._parameters)] * 2)
         finally:
             for module, mode in modes:

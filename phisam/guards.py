@@ -87,7 +87,8 @@ class Monitor:
     On CUDA the numbers travel to pinned memory behind the step, and are looked at when they have arrived.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, overflow_expected: bool) -> None:
+        self._overflow_expected = overflow_expected
         self._numbers = torch.zeros(2, dtype=torch.float64, device=device)  # skipped steps, w_0 of the last step
         self._on_host = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._arrived = torch.Event(device) if device.type == "cuda" else None
@@ -121,7 +122,9 @@ class Monitor:
             self._say_once(
                 "skipped",
                 f"a loss or a gradient was inf or NaN ({skipped:.0f} step(s) so far): such a step is skipped, "
-                "parameters and buffers stay as they were; opt.skipped_steps counts them. This is said once.",
+                "parameters and buffers stay as they were; opt.skipped_steps counts them. "
+                + ("A few are expected: the GradScaler lowers its scale. " if self._overflow_expected else "")
+                + "This is said once.",
             )
         if weight_0 < 0:
             self._say_once(

@@ -134,7 +134,7 @@ class PhiSAM(Optimizer):
         self._layout: list[tuple[Any, ...]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._lay_out()
-        self._monitor = Monitor(self._parameters[0].device)
+        self._monitor = Monitor(self._parameters[0].device, overflow_expected=grad_scaler is not None)
         self._last_step: StepRecord | None = None
         if not isinstance(model, DistributedDataParallel) and not self._wrapping.reduces_every_backward:
             self.mesh.broadcast([*(p.data for p in model.parameters()), *model.buffers()])

@@ -115,7 +115,8 @@ def _add_recipes(commands: Any) -> None:
         "list the runs that come with phisam, or print one as YAML",
         """\
   phisam recipes
-  phisam recipes mnist5k-frob > my-run.yaml          a file of your own to start from""",
+  phisam recipes mnist5k-frob > my-run.yaml          a file of your own to start from
+  phisam recipes paper/cifar10-frob                  a cell of the paper's Table 2""",
     )
     parser.add_argument("name", nargs="?", metavar="NAME")
 
@@ -220,14 +221,15 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from ray_jobs import config
+    from ray_jobs import config, paper
 
     if arguments.name:
         print(config.recipe_text(arguments.name), end="")
         return 0
-    names = config.recipe_names()
+    names = [name for name in config.recipe_names() if not name.startswith(paper.PREFIX)]
     for name in names:
         print(f"{name:{max(map(len, names))}}  {config.load(name).description}")
+    print(f"\n{paper.OVERVIEW}")
     return 0
 
 

@@ -4,7 +4,7 @@
 
 Unknown keys are refused. Relative paths (data.root, checkpoint.storage) are taken from the current directory and made
 absolute, since workers run elsewhere. `yaml_source.py` reads, `explain.py` turns what pydantic finds into errors with
-file and line.
+file and line. The optimizer's sections are in `optimizer_config.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,34 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from ray_jobs import paper
 from ray_jobs.errors import ConfigError
 from ray_jobs.explain import nearest, validated
-from ray_jobs.section import AbsolutePath, ByName, Count, Finite, Fraction, NonNegative, Positive, Section
+from ray_jobs.optimizer_config import ConstantSchedule, OptimizerConfig, ScheduleConfig
+from ray_jobs.section import AbsolutePath, Count, Positive, Section
 from ray_jobs.yaml_source import MAX_BYTES, Source, read_override, read_yaml, write_yaml
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "dump_yaml",
+    "from_dict",
+    "json_schema",
+    "load",
+    "recipe_names",
+    "recipe_text",
+]
 
 # data and model
 
@@ -69,163 +87,6 @@ class ModelConfig(Section):
         return settings if self.name == "mlp" else {"name": self.name}
 
 
-# optimizer
-
-
-class SGDConfig(Section):
-    """torch.optim.SGD."""
-
-    name: Literal["sgd"]
-    lr: Positive = 0.1
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 0.0
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.nesterov and self.momentum == 0:
-            yield "nesterov", "must be false where momentum is 0"
-
-
-class AdamConfig(Section):
-    """torch.optim.Adam, or AdamW with decoupled weight decay."""
-
-    name: Literal["adam", "adamw"]
-    lr: Positive = 1e-3
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-
-
-class PlainMeasure(Section):
-    """A measure without settings of its own."""
-
-    name: Literal["trace", "determinant", "log_determinant", "sgd"]
-
-
-class FrobeniusMeasure(Section):
-    """Frob-SAM: Algorithm 3 if unbiased, else equation (105)."""
-
-    name: Literal["frobenius"]
-    unbiased: bool = True
-
-
-class ExpProductMeasure(Section):
-    """prod_i (1 - sigma lambda_i)."""
-
-    name: Literal["exp_product"]
-    sigma: Finite
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.sigma == 0:
-            yield "sigma", "must be a number other than 0, not 0"
-
-
-class EigenPowerMeasure(Section):
-    """psi(t) = t^k."""
-
-    name: Literal["eigen_power"]
-    k: Count
-
-
-class PlainNoise(Section):
-    """mu without settings of its own."""
-
-    name: Literal["gaussian", "sphere", "rademacher"]
-
-
-class HypercubeNoise(Section):
-    """mu = Uniform([-half_width, half_width]^d)."""
-
-    name: Literal["hypercube"]
-    half_width: Positive = 0.01
-
-
-Base = Annotated[SGDConfig | AdamConfig, Field(discriminator="name"), ByName()]
-MeasureConfig = Annotated[
-    PlainMeasure | FrobeniusMeasure | ExpProductMeasure | EigenPowerMeasure,
-    Field(discriminator="name"),
-    ByName(),
-]
-NoiseConfig = Annotated[PlainNoise | HypercubeNoise, Field(discriminator="name"), ByName()]
-
-
-class OptimizerConfig(Section):
-    """(phi, psi, mu) around a base optimizer. The strength of the sharpness term is s = lam rho^2."""
-
-    base: Base = SGDConfig(name="sgd")
-    measure: MeasureConfig
-    noise: NoiseConfig | None = Field(None, description="mu in place of the measure's own")
-    rho: Positive = Field(0.01, description="perturbation radius")
-    lam: Finite = Field(1.0, description="factor on the sharpness term; 1 is the paper, 0 the base optimizer")
-    n_samples: Count = Field(2, description="draws of mu a step; a step costs n + 1 gradient evaluations")
-    sample_parallel: Literal["auto"] | Count = Field("auto", description="S: ranks that share the points of a step")
-    scope: Literal["global", "shard"] = Field("global", description="losses: mean over the data ranks, or each its own")
-
-    @property
-    def strength(self) -> float:
-        """s = lam rho^2, the factor on S; 0 for measure sgd, where neither acts."""
-        return 0.0 if self.measure.name == "sgd" else self.lam * self.rho**2
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if isinstance(self.measure, FrobeniusMeasure) and self.measure.unbiased and self.n_samples < 2:
-            yield (
-                "n_samples",
-                f"must be 2 or more for frobenius, not {self.n_samples}: its unbiased estimate (Algorithm 3) "
-                "divides by n_samples - 1. Or set optimizer.measure.unbiased to false",
-            )
-        if not 1e-100 < self.rho < 1e100:
-            yield "rho", f"must be between 1e-100 and 1e100, not {self.rho:g}: delta divides by its square"
-
-
-# schedule
-
-
-class Schedule(Section):
-    """Learning-rate schedules start with warmup_epochs of linear warm-up."""
-
-    warmup_epochs: int = Field(0, ge=0)
-
-
-class ConstantSchedule(Schedule):
-    """lr."""
-
-    name: Literal["constant"]
-
-
-class CosineSchedule(Schedule):
-    """Half a cosine from lr to min_factor lr over the run, step by step."""
-
-    name: Literal["cosine"]
-    min_factor: float = Field(0.0, ge=0, le=1)
-
-
-class StepSchedule(Schedule):
-    """lr gamma^(epoch // every)."""
-
-    name: Literal["step"]
-    every: Count
-    gamma: Positive
-
-
-class MultistepSchedule(Schedule):
-    """lr gamma^(number of milestones that are over); milestones in epochs, counted from 0."""
-
-    name: Literal["multistep"]
-    milestones: tuple[Count, ...] = Field(strict=False, min_length=1)
-    gamma: Positive
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            yield "milestones", f"must grow from one to the next, not {list(self.milestones)}"
-
-
-ScheduleConfig = Annotated[
-    ConstantSchedule | CosineSchedule | StepSchedule | MultistepSchedule,
-    Field(discriminator="name"),
-    ByName(),
-]
-
-
 # the rest
 
 
@@ -234,7 +95,12 @@ class TrainingConfig(Section):
 
     epochs: Count
     batch_size: Count = Field(128, description="GLOBAL batch: split over the data ranks")
-    precision: Literal["float32", "float64", "bf16"] = Field("float32", description="bf16: autocast")
+    micro_batches: Count = Field(
+        1, description="gradient accumulation: parts of a data rank's share that are evaluated one after the other"
+    )
+    precision: Literal["float32", "float64", "bf16", "fp16"] = Field(
+        "float32", description="bf16: autocast; fp16: autocast and a GradScaler"
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="initial weights, order of examples, augmentation, noise, dropout, splits"
     )
@@ -273,9 +139,9 @@ class RunConfig(Section):
     """A complete run."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
         max_length=100,
-        examples=["mnist5k-frob, of letters, digits, '.', '_' and '-', at most 100"],
+        examples=["mnist5k-frob, of letters, digits, '.', '_', '-' and '/', at most 100"],
     )
     description: str = ""
     data: DataConfig
@@ -294,15 +160,22 @@ class RunConfig(Section):
                 f"missing; {self.data.name} is read from a folder, or downloaded to it with download: true",
             )
         workers, sample_ranks = self.scaling.num_workers, self.optimizer.sample_parallel
-        warmup, epochs = self.schedule.warmup_epochs, self.training.epochs
         if sample_ranks != "auto" and workers % sample_ranks:
             yield (
                 "optimizer.sample_parallel",
                 f"must divide scaling.num_workers = {workers} (workers = data ranks x sample ranks), "
                 f"not {sample_ranks}. Or set it to auto",
             )
-        if warmup >= epochs:
-            yield "schedule.warmup_epochs", f"must be less than training.epochs = {epochs}, not {warmup}"
+        schedules = {
+            "schedule": self.schedule,
+            "optimizer.rho_schedule": self.optimizer.rho_schedule,
+            "optimizer.lam_schedule": self.optimizer.lam_schedule,
+        }
+        epochs = self.training.epochs
+        for key, schedule in schedules.items():
+            if schedule is not None and schedule.warmup_epochs >= epochs:
+                warmup = schedule.warmup_epochs
+                yield f"{key}.warmup_epochs", f"must be less than training.epochs = {epochs}, not {warmup}"
 
     def flat(self) -> dict[str, str | float | int | bool]:
         """Every setting under its dotted key, as MLflow's parameters want it; null is left out."""
@@ -347,8 +220,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Complete runs that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in _recipes().iterdir() if path.name.endswith(".yaml"))
+    """Complete runs that come with the package; those of a family are called `family/name`."""
+    return sorted(_recipes())
 
 
 def recipe_text(name: str) -> str:
@@ -357,10 +230,10 @@ def recipe_text(name: str) -> str:
     Raises:
         ConfigError: there is no such recipe; names the nearest.
     """
-    if name not in recipe_names():
+    recipes = _recipes()
+    if name not in recipes:
         raise ConfigError(f"there is no recipe {name!r}.{_recipes_near(name)}")
-    text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
-    return text
+    return recipes[name]()
 
 
 def _read(source: str) -> Source:
@@ -381,9 +254,15 @@ def _read(source: str) -> Source:
 
 
 def _recipes_near(source: str) -> str:
-    word = os.path.basename(source).removesuffix(".yaml").removesuffix(".yml")
-    return f"{nearest(word, recipe_names())} Recipes: {', '.join(recipe_names())}"
+    word = source.removesuffix(".yaml").removesuffix(".yml")
+    near = nearest(word, recipe_names()) or nearest(os.path.basename(word), recipe_names())
+    families = [name.partition("/") for name in recipe_names()]  # a family is told by its name alone
+    told = dict.fromkeys(f"{first}/..." if slash else first for first, slash, _ in families)
+    return f"{near} Recipes: {', '.join(told)}"
 
 
-def _recipes() -> Any:
-    return resources.files("ray_jobs") / "recipes"
+def _recipes() -> dict[str, Callable[[], str]]:
+    """Name -> what gives its text: a file of the package, or the table of `paper.py`."""
+    files = [file for file in (resources.files("ray_jobs") / "recipes").iterdir() if file.name.endswith(".yaml")]
+    own = {file.name.removesuffix(".yaml"): partial(file.read_text, encoding="utf-8") for file in files}
+    return own | paper.recipes()

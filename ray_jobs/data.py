@@ -38,6 +38,7 @@ __all__ = [
     "check_batch_size",
     "evaluation_batches",
     "load_dataset",
+    "micro_batches",
 ]
 
 Normalize = Callable[[Tensor], Tensor]
@@ -153,8 +154,9 @@ class Batches:
     """The training split, dealt out over data ranks in shuffled global batches, on the split's device.
 
     Global batch b of an epoch is order[b * B : (b + 1) * B] with B = batch_size and an order that depends on
-    (seed, epoch) alone; each data rank takes an equal contiguous slice of it. The examples after the last
-    whole batch are left out in that epoch. `augment = "crop_flip"` pads by 4 black pixels, crops at a random
+    (seed, epoch) alone. Of it data rank r of D takes the examples r, r + D, r + 2 D, ...: so the first part of every
+    rank's share is the first part of the global batch, whatever D is. The examples after the last whole batch are
+    left out in that epoch. `augment = "crop_flip"` pads by 4 black pixels, crops at a random
     offset and mirrors every second image on average: drawn for all examples at once, by (seed, epoch), so that
     an example's augmentation does not depend on the batch, rank or step that it lands in.
     """
@@ -183,20 +185,19 @@ class Batches:
         check_batch_size(self.batch_size, len(self.split), data_size)
         assert 0 <= data_rank < data_size, (data_rank, data_size)
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        share = self.batch_size // data_size
-        steps = range(start_step, self.steps_per_epoch)
-        firsts = [step * self.batch_size + data_rank * share for step in steps]
-        return self._deal(epoch, firsts, share)
+        firsts = [step * self.batch_size for step in range(start_step, self.steps_per_epoch)]
+        shares = [slice(first + data_rank, first + self.batch_size, data_size) for first in firsts]
+        return self._deal(epoch, shares)
 
-    def _deal(self, epoch: int, firsts: list[int], share: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _deal(self, epoch: int, shares: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.split), self.split.labels.device
         order = torch.randperm(n, generator=_generator(self.seed, "order", epoch)).to(device)
         if self._crops:
             generator = _generator(self.seed, "augmentation", epoch)
             offsets = torch.randint(2 * _PADDING + 1, (n, 2), generator=generator).to(device)
             flips = torch.randint(2, (n,), generator=generator, dtype=torch.bool).to(device)
-        for first in firsts:
-            examples = order[first : first + share]
+        for share in shares:
+            examples = order[share]
             images = self.split.images[examples]
             if self._crops:
                 images = _crop_flip(images, offsets[examples], flips[examples])
@@ -215,20 +216,30 @@ def _crop_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     return padded[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def check_batch_size(batch_size: int, n_examples: int, data_size: int = 1) -> None:
-    """ConfigError unless n_examples make a global batch and data_size ranks can share it equally."""
+def micro_batches(images: Tensor, labels: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """A data rank's share, dealt out to `count` micro-batches as a global batch is to data ranks: by turns."""
+    return [(images[first::count], labels[first::count]) for first in range(count)]
+
+
+def check_batch_size(batch_size: int, n_examples: int, data_size: int = 1, micro_batches: int = 1) -> None:
+    """ConfigError unless n_examples make a global batch that data_size ranks x micro_batches share equally."""
     if batch_size > n_examples:
         raise ConfigError(
             f"training.batch_size = {batch_size}, but the training split has {n_examples} examples: not one "
             f"whole batch. Lower training.batch_size to {n_examples} at most, or raise data.fraction."
         )
-    if batch_size % data_size:
-        below = batch_size - batch_size % data_size
-        near = " or ".join(str(size) for size in (below, below + data_size) if 0 < size <= n_examples)
+    shares = data_size * micro_batches
+    if batch_size % shares:
+        below = batch_size - batch_size % shares
+        near = " or ".join(str(size) for size in (below, below + shares) if 0 < size <= n_examples)
+        by, change = f"{data_size} data ranks", "scaling.num_workers or optimizer.sample_parallel"
+        if micro_batches > 1:
+            by += f" x {micro_batches} micro-batches"
+            change = f"training.micro_batches, {change}"
         raise ConfigError(
-            f"training.batch_size = {batch_size} (the global batch) cannot be shared equally by {data_size} data "
-            f"ranks. Set it to a multiple of {data_size}{near and f', e.g. {near}'}; or change scaling.num_workers "
-            f"or optimizer.sample_parallel (data ranks = workers / sample ranks)."
+            f"training.batch_size = {batch_size} (the global batch) cannot be shared equally by {by}. "
+            f"Set it to a multiple of {shares}{near and f', e.g. {near}'}; or change {change} "
+            "(data ranks = workers / sample ranks)."
         )
 
 

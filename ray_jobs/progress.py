@@ -190,7 +190,7 @@ def _cells(summary: Summary) -> list[str]:
         f"{last['strength']:.3g}" if perturbed else "-",
         str(summary.n_samples),
         str(last["epoch"]),
-        f"{last['gradient_evaluations']:,}",
+        f"{last['gradient_evaluations']:,.0f}",
         str(last["skipped_steps"]),
         f"{last['loss/train']:.4f}",
         f"{last['sharpness']:.3g}" if perturbed else "-",

@@ -185,10 +185,10 @@ def _checked(config: RunConfig) -> Dataset:
     """The data set, loaded (and downloaded) once before workers start; everything that must fit together does."""
     dataset = load_dataset(config.data, config.training.seed)
     make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed)
-    points = make_measure(config.optimizer).n_points(config.optimizer.n_samples)
-    workers = config.scaling.num_workers
-    sample_size = phisam.sample_size(workers, points, config.optimizer.sample_parallel)
-    check_batch_size(config.training.batch_size, len(dataset.train), workers // sample_size)
+    optimizer, training, workers = config.optimizer, config.training, config.scaling.num_workers
+    measure = make_measure(optimizer)
+    sample_size = phisam.sample_size(workers, optimizer.n_samples, optimizer.sample_parallel, measure)
+    check_batch_size(training.batch_size, len(dataset.train), workers // sample_size, training.micro_batches)
     return dataset
 
 

@@ -6,11 +6,12 @@ Read `train_loop` top to bottom: data, model, optimizer, then epochs of steps, a
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +24,21 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import phisam
+from phisam import schedules
+from phisam.closures import Part
 from ray_jobs import checkpoint
-from ray_jobs.config import OptimizerConfig, RunConfig, ScheduleConfig, from_dict
-from ray_jobs.data import Batches, Normalize, Split, evaluation_batches, load_dataset
+from ray_jobs.config import OptimizerConfig, RunConfig, from_dict
+from ray_jobs.data import Batches, Normalize, Split, evaluation_batches, load_dataset, micro_batches
 from ray_jobs.models import make_model
+from ray_jobs.optimizer_config import (
+    ConstantSchedule,
+    DecaySchedule,
+    MultistepSchedule,
+    NoiseConfig,
+    ScheduleConfig,
+    SsamMeasure,
+    StepSchedule,
+)
 
 EVALUATION_BATCH = 512
 PROGRESS_SECONDS = 0.5
@@ -50,37 +62,32 @@ def train_loop(settings: dict[str, Any]) -> None:
         model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    optimizer = make_optimizer(config, ddp)
+    scaler = torch.amp.GradScaler(device.type) if training.precision == "fp16" else None
+    optimizer = make_optimizer(config, ddp, batches.steps_per_epoch, scaler)
     mesh = optimizer.mesh
 
-    history, best, first_epoch = _resume(model, optimizer)
+    history, best, first_epoch = _resume(model, optimizer, scaler)
     if dist.get_rank() == 0:
         logging.getLogger("phisam").addHandler(ToBoard(settings["board"]))
     progress = Progress(settings["board"], config, batches.steps_per_epoch)
     autocast = _autocast(config, device)
 
+    def loss_on(images: Tensor, labels: Tensor, part: Part) -> Tensor:
+        with autocast():
+            logits = ddp(part(images))
+        return cross_entropy(logits.to(dtype), part(labels))
+
     for epoch in range(first_epoch, training.epochs):
         model.train()
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # sum of L_0, sum of R_rho, steps with both finite
+        averages = Averages(device, optimizer.measure.n_points(optimizer.n_samples))
         started = time.perf_counter()
         for step, (images, labels) in enumerate(batches.epoch(epoch, mesh.data_rank, mesh.data_size)):
-            factor = learning_rate_factor(config.schedule, epoch, step, batches.steps_per_epoch, training.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.base.lr * factor
-
-            def closure(images: Tensor = images, labels: Tensor = labels) -> Tensor:
-                with autocast():
-                    logits = ddp(images)
-                return cross_entropy(logits.to(dtype), labels)
-
-            optimizer.step(closure)
-            last = optimizer.last_step
-            numbers = torch.stack([last.losses[0], last.sharpness])
-            finite = torch.isfinite(numbers).all()
-            totals += torch.cat([numbers.where(finite, 0), finite.double()[None]])
-            progress.tell(epoch, step, totals)
-        dist.all_reduce(totals)  # with scope = "shard" each data rank has losses of its own
-        loss_sum, sharpness_sum, steps = totals.tolist()
+            follow_schedules(optimizer, config, epoch, step, batches.steps_per_epoch)
+            shares = micro_batches(images, labels, training.micro_batches)
+            loss = optimizer.step([partial(loss_on, *share) for share in shares])
+            averages.add(loss, optimizer.last_step)
+            progress.tell(epoch, step, averages)
+        train_loss, sharpness = averages.over_ranks()
         seconds = time.perf_counter() - started  # the device is done now
 
         optimizer.sync_buffers()
@@ -90,10 +97,10 @@ def train_loop(settings: dict[str, Any]) -> None:
             "epoch": epoch + 1,
             "accuracy/validation": validation_accuracy,
             "accuracy/test": test_accuracy,
-            "loss/train": loss_sum / steps if steps else math.nan,
+            "loss/train": train_loss,
             "loss/validation": validation_loss,
             "loss/test": test_loss,
-            "sharpness": sharpness_sum / steps if steps else math.nan,
+            "sharpness": sharpness,
             **_settings(optimizer),
             **_cost(optimizer, training.batch_size, batches.steps_per_epoch, epoch, seconds),
             "timestamp_ms": round(time.time() * 1000),
@@ -104,7 +111,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             best = {"epoch": epoch + 1, "accuracy": validation_accuracy, "loss": validation_loss, "model": weights}
 
         due = (epoch + 1) % config.checkpoint.every_epochs == 0 or epoch + 1 == training.epochs
-        with _saved(due, model, optimizer, best, history) as saved:
+        with _saved(due, model, optimizer, scaler, best, history) as saved:
             ray.train.report(metrics, checkpoint=saved)
 
 
@@ -127,11 +134,12 @@ def evaluate(
     return loss, correct
 
 
-def make_optimizer(config: RunConfig, model: DistributedDataParallel) -> phisam.PhiSAM:
+def make_optimizer(
+    config: RunConfig, model: DistributedDataParallel, steps_per_epoch: int, scaler: torch.amp.GradScaler | None = None
+) -> phisam.PhiSAM:
     """PhiSAM over the mesh that a description asks for. Collective."""
     settings = config.optimizer
-    measure = make_measure(settings)
-    mesh = phisam.sample_mesh(measure.n_points(settings.n_samples), settings.sample_parallel)
+    measure = make_measure(settings, steps_per_epoch)
     on_cuda = next(model.parameters()).device.type == "cuda"
     return phisam.PhiSAM(
         model,
@@ -141,19 +149,33 @@ def make_optimizer(config: RunConfig, model: DistributedDataParallel) -> phisam.
         lam=settings.lam,
         n_samples=settings.n_samples,
         seed=config.training.seed,
-        mesh=mesh,
+        mesh=phisam.sample_mesh(settings.n_samples, settings.sample_parallel, measure=measure),
         scope=settings.scope,
+        max_grad_norm=settings.max_grad_norm,
+        every=settings.every,
+        perturb_fraction=settings.perturb_fraction,
+        grad_scaler=scaler,
     )
 
 
-def make_measure(config: OptimizerConfig) -> phisam.Measure:
-    """The (phi, psi, mu) that a description names."""
+def make_measure(config: OptimizerConfig, steps_per_epoch: int = 1) -> phisam.Measure:
+    """The (phi, psi, mu) that a description names; SSAM's mask is made anew every steps_per_epoch steps."""
     settings = config.measure.model_dump(exclude={"name"})
+    if isinstance(config.measure, SsamMeasure):
+        settings["refresh_every"] = steps_per_epoch
     measure: phisam.Measure = getattr(phisam, config.measure.name)(**settings)
-    if config.noise is None:
-        return measure
-    noise = config.noise
-    return measure.with_noise(getattr(phisam, noise.name)(**noise.model_dump(exclude={"name"})))
+    return measure if config.noise is None else measure.with_noise(make_noise(config.noise))
+
+
+def make_noise(config: NoiseConfig) -> phisam.Noise:
+    """mu with its options."""
+    settings = config.model_dump(exclude={"name", "antithetic", "symmetric", "adaptive"})
+    noise: phisam.Noise = getattr(phisam, config.name)(**settings)
+    if config.antithetic:
+        noise = noise.antithetic()
+    if config.symmetric:
+        noise = noise.symmetric()
+    return noise if config.adaptive is None else noise.adaptive(config.adaptive)
 
 
 def make_base_optimizer(config: OptimizerConfig, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
@@ -164,22 +186,35 @@ def make_base_optimizer(config: OptimizerConfig, model: nn.Module, fused: bool) 
     return optimizer
 
 
-def learning_rate_factor(schedule: ScheduleConfig, epoch: int, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """What lr is multiplied by: a function of the position alone, so that a resumed run has no state to restore."""
-    warmup_steps = schedule.warmup_epochs * steps_per_epoch
-    position = epoch * steps_per_epoch + step
-    if position < warmup_steps:
-        return (position + 1) / warmup_steps
-    match schedule.name:
-        case "constant":
-            return 1.0
-        case "cosine":
-            done = (position - warmup_steps) / max(1, epochs * steps_per_epoch - warmup_steps)
-            return schedule.min_factor + (1 - schedule.min_factor) * 0.5 * (1 + math.cos(math.pi * done))
-        case "step":
-            return float(schedule.gamma ** (epoch // schedule.every))
-        case "multistep":
-            return float(schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones))
+def follow_schedules(optimizer: phisam.PhiSAM, config: RunConfig, epoch: int, step: int, steps_per_epoch: int) -> None:
+    """Sets lr, rho and lam for a step: by its position alone, so that a resumed run has no state to restore."""
+    settings = config.optimizer
+    at = partial(
+        scheduled, step=epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch, epochs=config.training.epochs
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = at(settings.base.lr, config.schedule)
+    optimizer.rho = at(settings.rho, settings.rho_schedule)
+    optimizer.lam = at(settings.lam, settings.lam_schedule)
+
+
+def scheduled(value: float, schedule: ScheduleConfig | None, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """What a schedule makes of a value in step 0, 1, ... of a run; after a warm-up, cosine and line fill the rest."""
+    if schedule is None:
+        return value
+    warm, end = schedule.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
+    if step < warm:
+        return schedules.warmup(value, warm)(step)
+    match schedule:
+        case ConstantSchedule():
+            return value
+        case DecaySchedule(name=name, min_factor=factor):
+            decay = {"cosine": schedules.cosine, "linear": schedules.linear}[name]
+            return decay(value, factor * value, end - warm)(step - warm)
+        case StepSchedule(every=every, gamma=gamma):
+            return float(value * gamma ** (step // steps_per_epoch // every))
+        case MultistepSchedule(milestones=milestones, gamma=gamma):
+            return float(value * gamma ** sum(step // steps_per_epoch >= milestone for milestone in milestones))
 
 
 def _settings(optimizer: phisam.PhiSAM) -> checkpoint.Metrics:
@@ -203,6 +238,34 @@ def _cost(
         "seconds_per_step": seconds / steps_per_epoch,
         "examples_per_second": batch_size * steps_per_epoch / seconds,
     }
+
+
+class Averages:
+    """Means over the steps of an epoch of what `step` returned and of R_rho; inf and NaN are left out.
+
+    With `every` > 1 most steps have no sharpness term, and so no part in the mean of R_rho.
+    """
+
+    def __init__(self, device: torch.device, n_points: int) -> None:
+        self._n_points = n_points
+        self._sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # (sum, steps) x (loss, R_rho)
+
+    def add(self, loss: Tensor, record: phisam.StepRecord) -> None:
+        """After each step; nothing here waits for the device."""
+        has_term = len(record.delta) == self._n_points
+        numbers = torch.stack([loss.double(), record.sharpness if has_term else torch.full_like(record.sharpness, nan)])
+        counted = torch.isfinite(numbers)
+        self._sums += torch.stack([numbers.where(counted, 0), counted.double()])
+
+    def means(self) -> tuple[float, float]:
+        """Loss and R_rho over the steps so far; NaN where there is nothing to average. Waits for the device."""
+        loss, sharpness = (self._sums[0] / self._sums[1]).tolist()
+        return loss, sharpness
+
+    def over_ranks(self) -> tuple[float, float]:
+        """`means` over all ranks, which differ with scope = "shard". Collective, and the last word of an epoch."""
+        dist.all_reduce(self._sums)
+        return self.means()
 
 
 class Board(Protocol):
@@ -232,19 +295,21 @@ class Progress:
         self._steps = 0
         self._told = time.perf_counter()
 
-    def tell(self, epoch: int, step: int, totals: Tensor) -> None:
+    def tell(self, epoch: int, step: int, averages: Averages) -> None:
         """After each step."""
         self._steps += 1
         elapsed = time.perf_counter() - self._told
         if self._board is None or elapsed < PROGRESS_SECONDS:
             return
-        loss = float(totals[0] / totals[2])
         rate = self._batch_size * self._steps / elapsed
+        loss, _ = averages.means()
         self._board.tell.remote(epoch=epoch, step=step + 1, steps=self._steps_per_epoch, loss=loss, rate=rate)
         self._told, self._steps = time.perf_counter(), 0
 
 
-def _resume(model: nn.Module, optimizer: phisam.PhiSAM) -> tuple[list[checkpoint.Metrics], dict[str, Any] | None, int]:
+def _resume(
+    model: nn.Module, optimizer: phisam.PhiSAM, scaler: torch.amp.GradScaler | None
+) -> tuple[list[checkpoint.Metrics], dict[str, Any] | None, int]:
     """History, best model and first epoch: of the newest checkpoint, or of a fresh start."""
     newest = ray.train.get_checkpoint()
     if newest is None:
@@ -253,6 +318,8 @@ def _resume(model: nn.Module, optimizer: phisam.PhiSAM) -> tuple[list[checkpoint
         state, history = checkpoint.load(Path(folder)), checkpoint.load_history(Path(folder))
     checkpoint.load_model(model, state["model"], newest.path)
     optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
     return history, state["best"], state["epoch"]
 
 
@@ -261,6 +328,7 @@ def _saved(
     due: bool,
     model: nn.Module,
     optimizer: phisam.PhiSAM,
+    scaler: torch.amp.GradScaler | None,
     best: dict[str, Any] | None,
     history: list[checkpoint.Metrics],
 ) -> Iterator[ray.train.Checkpoint | None]:
@@ -272,6 +340,7 @@ def _saved(
         "epoch": len(history),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
         "best": best,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -280,9 +349,8 @@ def _saved(
 
 
 def _autocast(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    if config.training.precision == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return nullcontext
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.precision)
+    return nullcontext if half is None else partial(torch.autocast, device.type, half)
 
 
 def _with_memory_format(normalize: Normalize, channels_last: bool) -> Normalize:

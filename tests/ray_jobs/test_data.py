@@ -151,9 +151,26 @@ def test_a_global_batch_is_the_same_for_every_number_of_data_ranks(data_size: in
     ranks = [list(batches.epoch(2, rank, data_size)) for rank in range(data_size)]
     assert len(whole) == 4
     for step, (images, labels) in enumerate(whole):
-        assert all(len(rank[step][1]) == 8 // data_size for rank in ranks)
-        assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), images)
-        assert torch.equal(torch.cat([rank[step][1] for rank in ranks]), labels)
+        for first, rank in enumerate(ranks):
+            assert torch.equal(rank[step][0], images[first::data_size])
+            assert torch.equal(rank[step][1], labels[first::data_size])
+
+
+@pytest.mark.parametrize(("data_size", "count"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (1, 8)])
+def test_the_first_part_of_every_share_is_the_first_part_of_the_global_batch(data_size: int, count: int) -> None:
+    """What perturb_fraction and SSAM's Fisher information see must not depend on the number of ranks."""
+    batches = make_batches(n=64, batch_size=32)
+    images, labels = next(batches.epoch(0))
+    for fraction in (0.25, 0.5, 0.75):
+        first = [
+            (share[: round(fraction * len(share))], its_labels[: round(fraction * len(share))])
+            for rank in range(data_size)
+            for share, its_labels in data.micro_batches(*next(batches.epoch(0, rank, data_size)), count)
+        ]
+        seen = dict(zip(torch.cat([y for _, y in first]).tolist(), torch.cat([x for x, _ in first]), strict=True))
+        expected = labels[: round(fraction * 32)].tolist()
+        assert sorted(seen) == sorted(expected)
+        assert all(torch.equal(seen[label], images[i]) for i, label in enumerate(expected))
 
 
 def test_an_epoch_sees_an_example_once_and_leaves_out_the_incomplete_batch() -> None:
@@ -240,6 +257,14 @@ def test_a_batch_that_the_data_ranks_cannot_share() -> None:
     with pytest.raises(ConfigError, match=r"multiple of 4, e\.g\. 4;"):
         check_batch_size(3, 100, data_size=4)
     check_batch_size(100, 100, data_size=4)
+
+
+def test_a_share_that_its_micro_batches_cannot_share() -> None:
+    with pytest.raises(ConfigError, match=r"by 2 data ranks x 3 micro-batches\. .* multiple of 6, e\.g\. 30 or 36; or"):
+        check_batch_size(32, 100, data_size=2, micro_batches=3)  # 16 examples a rank
+    with pytest.raises(ConfigError, match=r"or change training\.micro_batches, scaling\.num_workers"):
+        check_batch_size(32, 100, micro_batches=3)
+    check_batch_size(36, 100, data_size=2, micro_batches=3)
 
 
 def test_a_batch_that_is_larger_than_the_training_split() -> None:

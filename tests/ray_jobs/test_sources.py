@@ -153,8 +153,10 @@ def test_labels_and_images_that_do_not_belong_together(tmp_path: Path) -> None:
         read(DataConfig(name="mnist", root=tmp_path))
 
 
-def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, label_key: str) -> dict[str, Array]:
-    """The files of `dataset` with 3 images each, their sums entered in torchvision's table; images by file."""
+def write_cifar(
+    root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, label_key: str, n: int = 3
+) -> dict[str, Array]:
+    """The files of `dataset` with n images each, their sums entered in torchvision's table; images by file."""
     folder = root / dataset.base_folder
     folder.mkdir()
     written = {}
@@ -167,8 +169,8 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, label
 
     for table, files in tables.items():
         for i, (name, _) in enumerate(getattr(dataset, table)):
-            written[name] = make_images(3, 3, 32, 32, seed=i + 10 * len(table))
-            content = {"data": written[name].reshape(3, -1), label_key: [i, i + 1, 9]}
+            written[name] = make_images(n, 3, 32, 32, seed=i + 10 * len(table))
+            content = {"data": written[name].reshape(n, -1), label_key: [i, i + 1, 9] * (n // 3)}
             files.append([name, write(name, content)])
         monkeypatch.setattr(dataset, table, files)
     meta = dict(dataset.meta)
@@ -201,15 +203,21 @@ def test_a_cifar_file_that_is_not_the_original(tmp_path: Path, monkeypatch: pyte
         read(DataConfig(name="cifar10", root=tmp_path))
 
 
-def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, images = {}, {"train": make_images(6, 3, 32, 32), "test": make_images(3, 3, 32, 32, seed=1)}
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 6) -> dict[str, Array]:
+    """The files of SVHN with n training and 3 test images, as `write_cifar` does it; images by split."""
+    table, images = {}, {"train": make_images(n, 3, 32, 32), "test": make_images(3, 3, 32, 32, seed=1)}
     for part, array in images.items():
         url, name, _ = datasets.SVHN.split_list[part]
         labels = np.arange(len(array))[:, None] % 10
         labels[labels == 0] = 10  # the files call the digit 0 class 10
-        scipy.io.savemat(tmp_path / name, {"X": array.transpose(2, 3, 1, 0), "y": labels.astype(np.uint8)})
-        table[part] = [url, name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
+        scipy.io.savemat(root / name, {"X": array.transpose(2, 3, 1, 0), "y": labels.astype(np.uint8)})
+        table[part] = [url, name, hashlib.md5((root / name).read_bytes()).hexdigest()]
     monkeypatch.setattr(datasets.SVHN, "split_list", table)
+    return images
+
+
+def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_svhn(tmp_path, monkeypatch)
     source = read(DataConfig(name="svhn", root=tmp_path))
     assert_split(source.train, images["train"], np.arange(6))
     assert_split(source.test, images["test"], np.arange(3))
