@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +38,12 @@ class Wrapping:
 
     def check(self, parameters: Sequence[nn.Parameter], mesh: SampleMesh, scope: Scope) -> None:
         """Raises ValueError where the wrapper and the mesh do not belong together."""
+        for name, p in self.model.named_parameters():
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    f"parameter {name!r} is a DTensor placed as {p.placements}, but the model is not sharded by "
+                    "fully_shard: tensor parallelism is not known to the step"
+                )
 
     def held(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """What this rank has of each parameter, sharing memory with it."""
@@ -217,7 +223,7 @@ def wrapping_of(model: nn.Module) -> Wrapping:
     """How to evaluate a model.
 
     Raises:
-        ValueError: torch.compile stands around DDP.
+        ValueError: something stands around DDP, or it is a wrapper that the step does not know.
     """
     if isinstance(model, DistributedDataParallel):
         return Replicated(model)
@@ -225,6 +231,11 @@ def wrapping_of(model: nn.Module) -> Wrapping:
         raise ValueError(
             f"the model is a {type(model).__name__} around DistributedDataParallel, so DDP's reduction cannot be "
             "steered by the step: put it inside, as in DistributedDataParallel(torch.compile(model)), and pass that"
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel keeps parameters in flat buffers that the step cannot move: use its successor, "
+            "torch.distributed.fsdp.fully_shard(model)"
         )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return Sharded(model)

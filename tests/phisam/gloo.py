@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,4 +32,5 @@ def _process(rank: int, world_size: int, folder: str, function: Callable[[int], 
     )
     torch.save(function(rank), Path(folder) / f"{rank}.pt")
     dist.barrier()
+    gc.collect()  # models before their process group: gloo may abort at exit otherwise
     dist.destroy_process_group()
