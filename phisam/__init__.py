@@ -8,9 +8,7 @@ Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `
 """
 
 from phisam import schedules
-from phisam.closures import Part
-from phisam.measures import (
-    Measure,
+from phisam.catalogue import (
     asam,
     determinant,
     eigen_power,
@@ -22,6 +20,8 @@ from phisam.measures import (
     ssam,
     trace,
 )
+from phisam.closures import Part
+from phisam.measures import Measure
 from phisam.noise import Noise, dirac, fisher_mask, gaussian, gradient_direction, hypercube, rademacher, sphere
 from phisam.optimizer import PhiSAM, StepRecord
 from phisam.sharding import SampleMesh, sample_mesh, sample_size

@@ -38,11 +38,11 @@ class BaseStep:
 
     def finish_gradient(self, parameters: Sequence[nn.Parameter], mesh: SampleMesh) -> Tensor:
         """g, unscaled and clipped. Returns whether all of it is finite: a flag, the same on all ranks."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self._base)
         gradients = [g for g in self._wrapping.held_gradients(parameters) if g is not None]
         if not gradients:
             raise ValueError("the loss depends on no parameter of the base optimizer")
+        if self._scaler is not None:
+            self._scaler.unscale_(self._base)
         # One fused pass; a square that overflows counts as inf, as it would in Adam's second moment.
         finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
         if self._max_grad_norm is not None:
@@ -51,6 +51,13 @@ class BaseStep:
 
     def take(self, taken: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """The base optimizer's step, unless `taken` says that it is skipped; then the scaler learns of it."""
+        try:
+            self._take(taken, parameters)
+        finally:  # else the scaler would refuse the next step
+            if self._scaler is not None:
+                self._scaler.update()
+
+    def _take(self, taken: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         base = self._base
         # torch's fused optimizers skip on the device; but their first step must not be skipped there, since fused SGD
         # makes its momentum in that step and would keep it uninitialised.
@@ -66,5 +73,3 @@ class BaseStep:
                 del base.found_inf, base.grad_scale  # type: ignore[attr-defined]
         elif taken:
             base.step()
-        if self._scaler is not None:
-            self._scaler.update()

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 BLOCK = 1 << 18
+_LOWEST = -(1 << 63)  # random_ from here, without an end, draws all 64 bits
 
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
@@ -299,7 +300,29 @@ def fisher_mask(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: 
 
 
 def _fill_gaussian(v: Tensor, generator: Generator) -> None:
-    v.normal_(generator=generator)
+    if v.device.type == "cpu" and v.dtype == torch.float32:
+        # A third of a small network's evaluation goes to its noise: 16 random bits and a table cost half of normal_.
+        bits = (
+            torch.empty(-(-v.numel() // 4), dtype=torch.int64)
+            .random_(_LOWEST, None, generator=generator)
+            .view(torch.uint16)
+        )
+        torch.index_select(_normal_quantiles(), 0, bits[: v.numel()].int(), out=v)
+    else:
+        v.normal_(generator=generator)
+
+
+@cache
+def _normal_quantiles() -> Tensor:
+    """65,536 equally likely values: the means of N(0, 1) between its quantiles k / 2^16, of variance 1 exactly.
+
+    Odd moments are 0, the fourth is 2.9998, and the largest value is 4.39.
+    """
+    edges = torch.special.ndtri(torch.linspace(0, 1, 2**16 + 1, dtype=torch.float64))
+    density = torch.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
+    means = (density[:-1] - density[1:]) * 2**16  # of x between a and b: (density(a) - density(b)) / probability
+    means = (means - means.flip(0)) / 2
+    return (means / means.square().mean().sqrt()).float()
 
 
 def _fill_hypercube(v: Tensor, generator: Generator, half_width: float) -> None:
@@ -307,7 +330,18 @@ def _fill_hypercube(v: Tensor, generator: Generator, half_width: float) -> None:
 
 
 def _fill_rademacher(v: Tensor, generator: Generator) -> None:
-    v.random_(0, 2, generator=generator).mul_(2).sub_(1)
+    words = torch.empty(-(-v.numel() // 64), dtype=torch.int64, device=v.device).random_(
+        _LOWEST, None, generator=generator
+    )
+    signs = torch.index_select(_signs_of_bytes(v.device, v.dtype), 0, words.view(torch.uint8).int())
+    v.copy_(signs.reshape(-1)[: v.numel()])
+
+
+@cache
+def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Row b: the eight bits of b as -1 and 1, (256, 8)."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)
 
 
 def _flat(v: Tensor | Sequence[Tensor]) -> Tensor:

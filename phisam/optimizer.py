@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from phisam.base import BaseStep
+from phisam.catalogue import sgd
 from phisam.checks import (
     check_lam,
     check_mesh,
@@ -33,7 +34,7 @@ from phisam.evaluation import Evaluation, Evaluator
 from phisam.gradient import Perturbation, Rows, add_scaled_, flatten
 from phisam.guards import Buffers, Monitor, same_randomness
 from phisam.masks import Masks
-from phisam.measures import Measure, sgd
+from phisam.measures import Measure
 from phisam.noise import Noise, key
 from phisam.schedules import Schedule, Scheduled
 from phisam.sharding import Deal, LossExchange, SampleMesh, Scope
@@ -133,6 +134,7 @@ class PhiSAM(Optimizer):
         self._parameters: list[nn.Parameter] = []
         self._layout: list[tuple[Any, ...]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._wrapping.check(trained_parameters(model, base_optimizer), self.mesh, self.scope)
         self._lay_out()
         self._monitor = Monitor(self._parameters[0].device, overflow_expected=grad_scaler is not None)
         self._last_step: StepRecord | None = None
@@ -235,7 +237,7 @@ class PhiSAM(Optimizer):
             L_e = exchange.report(round, evaluated.loss)
             gradient = evaluator.gradient(evaluated)
             if evaluation.draw is not None:
-                delta = (L_e - exchange.losses[0]) / rho**2
+                delta = (L_e - exchange.at_x) / rho**2
                 rows.add(gradient, *measure.slopes(delta, evaluation.point))
                 continue
             if index == 0 and measure.needs_gradient:
@@ -251,7 +253,7 @@ class PhiSAM(Optimizer):
         evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=True)
         exchange.report(round, evaluated.loss)
         losses = torch.cat([exchange.losses[:1], exchange.losses[2:]]) if split else exchange.losses
-        weights = measure.weights(losses, rho, lam)
+        weights, sharpness = measure.weigh(losses, rho, lam)
         by_evaluation = torch.cat([weights[:1] - 1, torch.ones_like(weights[:1]), weights[1:]]) if split else weights
         factors = None if rows.empty else measure.factors(losses, rho, lam, rows.log_scale)
         # The reduction averages over D S ranks; the mean is over D and the sum over S.
@@ -264,8 +266,9 @@ class PhiSAM(Optimizer):
             (evaluated.graph * weight.to(evaluated.graph.dtype)).backward()  # type: ignore[no-untyped-call]
         if not self._wrapping.reduces_in_backward:
             mesh.reduce_gradients(self._parameters)
-        delta = (losses[1:] - losses[0]) / rho**2
-        record = StepRecord(losses, weights, delta, measure.value(losses, rho))
+        for p in self._others:  # theirs is a piece of the last point's gradient: no use to another optimizer
+            p.grad = None
+        record = StepRecord(losses, weights, (losses[1:] - losses[0]) / rho**2, sharpness)
         return record, exchange.losses[int(split)], exchange.finite
 
     def _evaluations(self, measure: Measure) -> tuple[list[Evaluation], bool]:
@@ -354,6 +357,7 @@ class PhiSAM(Optimizer):
         self.state = self.base_optimizer.state
         for group in self.param_groups:
             group.setdefault("rho_scale", 1.0)
+        self._wrapping.moved()  # an evaluation, or a step that raised, may have left FSDP2's parameters gathered
         parameters = trained_parameters(self.model, self.base_optimizer)
         held = self._wrapping.held(parameters)
         layout = [(id(p), p.dtype, p.device, p.shape, x.data_ptr()) for p, x in zip(parameters, held, strict=True)]
@@ -367,6 +371,8 @@ class PhiSAM(Optimizer):
         names = {p: name for name, p in self.model.named_parameters()}
         self._layout = layout
         self._parameters = parameters
+        trained = set(parameters)
+        self._others = [p for p in self.model.parameters() if p not in trained]
         self._perturbation = Perturbation(
             held,
             [names[p] for p in parameters],

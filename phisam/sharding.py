@@ -215,8 +215,7 @@ class LossExchange:
         self._scope = scope
         self._each_round = scope == "global" and mesh.data_size > 1
         self._waiting: list[Tensor] = []
-        self._known: list[Tensor] = []
-        self._finite: list[Tensor] = []
+        self._known: list[Tensor] = []  # (D, evaluations) of each exchange
 
     def report(self, round: int, loss: Tensor) -> Tensor:
         """Takes this rank's loss of a round (scalar, float64); returns it as the measure must see it.
@@ -230,18 +229,27 @@ class LossExchange:
         rounds = range(round + 1 - len(self._waiting), round + 1)
         dealt = sum(len(self._deal.evaluations(past)) for past in rounds)
         by_evaluation = by_rank.transpose(1, 2).flatten(1)[:, :dealt]
-        self._finite.append(torch.isfinite(by_evaluation).all())
-        self._known.append(by_evaluation.mean(0) if self._scope == "global" else by_evaluation[self._mesh.data_rank])
+        self._known.append(by_evaluation)
         self._waiting = []
-        evaluation = self._deal.evaluation(round, self._mesh.sample_rank)
-        return loss if evaluation is None else self.losses[evaluation]
+        dealt_here = self._deal.evaluation(round, self._mesh.sample_rank)
+        if dealt_here is None or self._scope == "shard" or self._mesh.data_size == 1:
+            return loss
+        return by_evaluation[:, dealt_here - self._deal.evaluations(rounds[0]).start].mean()
+
+    @property
+    def at_x(self) -> Tensor:
+        """The loss of evaluation 0, known after round 0. Float64."""
+        return self._in_scope(self._known[0])[0]
 
     @property
     def losses(self) -> Tensor:
         """The losses of the evaluations as far as they were exchanged; all of them after the last round. Float64."""
-        return torch.cat(self._known)
+        return self._in_scope(torch.cat(self._known, dim=1))
 
     @property
     def finite(self) -> Tensor:
         """Whether every exchanged loss of every rank is finite; the same answer on all ranks. Bool scalar tensor."""
-        return torch.stack(self._finite).all()
+        return torch.isfinite(torch.cat(self._known, dim=1)).all()
+
+    def _in_scope(self, by_evaluation: Tensor) -> Tensor:
+        return by_evaluation.mean(0) if self._scope == "global" else by_evaluation[self._mesh.data_rank]

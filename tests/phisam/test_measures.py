@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,6 +103,17 @@ def test_psi_may_return_its_components_in_any_form(form: str) -> None:
     values = losses(0.4, -0.3, 0.9)
     expected = phisam.frobenius(unbiased=False)
     torch.testing.assert_close(measure.weights(values, 1.0, 0.3), expected.weights(values, 1.0, 0.3))
+
+
+@pytest.mark.parametrize("make", [phisam.trace, phisam.sam, phisam.frobenius])
+def test_slopes_in_closed_form_are_those_of_autograd(make: Callable[[], phisam.Measure]) -> None:
+    measure = make()
+    assert measure.slope is not None
+    by_autograd = copy.copy(measure)
+    by_autograd.slope = None
+    for delta in (-3.0, 0.0, 0.7):
+        t = torch.tensor(delta, dtype=torch.float64)
+        assert torch.equal(measure.slopes(t, 1)[0], by_autograd.slopes(t, 1)[0])
 
 
 def test_a_constant_component_has_no_slope() -> None:

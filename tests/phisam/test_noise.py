@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
 import phisam
-from phisam.noise import key
+from phisam.noise import _normal_quantiles, key
 
 D = 200_000
 
@@ -83,3 +84,24 @@ def test_dirac_is_its_vector_flat_or_in_parts() -> None:
     assert draw(phisam.dirac(torch.tensor(expected)), d=7).tolist() == expected
     with pytest.raises(ValueError, match="dirac: v has 7 numbers, the perturbed parameters have 8"):
         draw(phisam.dirac(parts), d=8)
+
+
+def test_the_table_of_gaussian_quantiles_is_the_normal_distribution() -> None:
+    """float32 draws on a CPU come from 2^16 equally likely values: moments, order, and the distance of the two CDFs."""
+    table = _normal_quantiles().double()
+    assert torch.all(table[1:] > table[:-1])
+    assert torch.equal(table, -table.flip(0))
+    assert float(table.square().mean()) == pytest.approx(1, abs=1e-7)
+    assert float(table.pow(4).mean()) == pytest.approx(3, abs=3e-4)
+    assert float(table.pow(6).mean()) == pytest.approx(15, abs=2e-2)
+    step = torch.arange(1, 2**16 + 1, dtype=torch.float64) / 2**16
+    assert float((torch.special.ndtr(table) - step).abs().max()) < 1.01 / 2**16
+
+
+@pytest.mark.parametrize("make", [phisam.gaussian, phisam.rademacher])
+def test_draws_made_of_bits_use_all_of_them(make: Callable[[], phisam.Noise]) -> None:
+    """Each of the numbers that one 64-bit word makes has mean 0: a bit that is never set would show in one of them."""
+    v = torch.empty(64 * 4000)
+    make().fill(v, torch.Generator().manual_seed(3))
+    assert float(v.view(-1, 64).mean(0).abs().max()) < 5 / 4000**0.5
+    assert float((v[:-1] * v[1:]).mean().abs()) < 5 / v.numel() ** 0.5
