@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -106,6 +107,9 @@ class _Unperturbed(Measure):
 
     def __init__(self) -> None:
         super().__init__(lambda t: 0 * t, lambda t: t, (), name="sgd", elementwise=True)
+
+    def with_noise(self, noise: Noise | Sequence[Noise]) -> Self:
+        return self
 
     def n_points(self, n_samples: int) -> int:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from phisam.sharding import SampleMesh
 
 def check_rho(rho: float) -> None:
     """Raises ValueError unless rho is a perturbation radius."""
-    if not (math.isfinite(rho) and rho > 0 and 0 < rho * rho < math.inf):
+    if not (_is_number(rho) and math.isfinite(rho) and rho > 0 and 0 < rho * rho < math.inf):
         raise ValueError(
             f"rho must be a positive finite number, got {rho!r}; for no perturbation use measure=phisam.sgd()"
         )
@@ -24,8 +25,22 @@ def check_rho(rho: float) -> None:
 
 def check_lam(lam: float) -> None:
     """Raises ValueError unless lam is a finite number."""
-    if not math.isfinite(lam):
+    if not (_is_number(lam) and math.isfinite(lam)):
         raise ValueError(f"lam must be a finite number, got {lam!r}; lam = 0 is the base optimizer")
+
+
+def check_rho_scale(rho_scale: float) -> None:
+    """Raises ValueError unless a group's share of v can be multiplied by it."""
+    if not (_is_number(rho_scale) and math.isfinite(rho_scale)):
+        raise ValueError(f"rho_scale of a parameter group must be a finite number, got {rho_scale!r}; 0 leaves it at x")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_settings(
@@ -40,17 +55,17 @@ def check_settings(
     """Raises ValueError for what is wrong whatever the model is."""
     if not isinstance(measure, Measure):
         raise ValueError(f"measure must be a phisam.Measure, such as phisam.frobenius(), got {measure!r}")
-    if not isinstance(n_samples, int):
+    if not _is_count(n_samples):
         raise ValueError(f"n_samples must be an integer, got {n_samples!r}")
     if isinstance(base_optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
     if scope not in ("global", "shard"):
         raise ValueError(f'scope must be "global" or "shard", got {scope!r}')
-    if not isinstance(every, int) or every < 1:
+    if not _is_count(every) or every < 1:
         raise ValueError(f"every must be an integer >= 1, got {every!r}; 1 has the sharpness term in every step")
-    if not 0 < perturb_fraction <= 1:
+    if not (_is_number(perturb_fraction) and 0 < perturb_fraction <= 1):
         raise ValueError(
             f"perturb_fraction must be in (0, 1], got {perturb_fraction!r}: it is the part of the batch that the "
             "measure sees; 1 is all of it"
@@ -88,7 +103,12 @@ def check_tensors(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
                 f"parameter {names[p]!r} is {p.dtype} on {p.device}, but {names[first]!r} is {first.dtype} on "
                 f"{first.device}: all trained parameters must share one dtype and one device"
             )
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    trained = set(parameters)
+    sparse = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in trained
+    ]
     if sparse:
         raise ValueError(f"module {sparse[0]!r} makes sparse gradients, which cannot be combined; use sparse=False")
 

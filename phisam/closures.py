@@ -31,16 +31,29 @@ def single(index: int) -> Part:
     return partial(_single, index=index)
 
 
+def _by_name(closure: Callable[..., Tensor], name: str, part: Part) -> Tensor:
+    return closure(**{name: part})
+
+
 def _first(x: Tensor, fraction: float) -> Tensor:
+    _check_tensor(x)
     return x[: math.ceil(fraction * len(x) - 1e-9)]
 
 
 def _single(x: Tensor, index: int) -> Tensor:
+    _check_tensor(x)
     at = index % len(x)
     return x[at : at + 1]
 
 
-def taking_parts(closure: Closure | Sequence[Closure], why: str | None) -> list[Callable[[Part], Tensor]]:
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise ValueError(
+            f"part picks examples from a tensor along its first dimension, got {x!r}; apply it to each tensor"
+        )
+
+
+def taking_parts(closure: Closure | Sequence[Closure] | None, why: str | None) -> list[Callable[[Part], Tensor]]:
     """One closure or several micro-batches, each as a function of `part`.
 
     Args:
@@ -54,18 +67,24 @@ def taking_parts(closure: Closure | Sequence[Closure], why: str | None) -> list[
         raise ValueError(
             "step needs a closure, since it evaluates the loss at n + 1 points: "
             "opt.step(lambda: criterion(model(inputs), targets)), or a list of closures, one for each micro-batch; "
-            f"got {closure!r}"
+            f"got {closure!r}. A GradScaler is given to PhiSAM as grad_scaler; scaler.step has no part in it"
         )
-    return [_taking_part(each, why) for each in closures]
+    return [_taking_part(each, why) for each in closures if each is not None]
 
 
 def _taking_part(closure: Closure, why: str | None) -> Callable[[Part], Tensor]:
+    try:
+        parameters = inspect.signature(closure).parameters.values()
+    except ValueError:  # of compiled code, which says nothing of its arguments
+        parameters = ()  # type: ignore[assignment]
     required = [
         parameter
-        for parameter in inspect.signature(closure).parameters.values()
+        for parameter in parameters
         if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
+    if len(required) == 1 and required[0].kind == required[0].KEYWORD_ONLY:  # partial(f, x, y=y) of f(x, y, part)
+        return partial(_by_name, closure, required[0].name)
     if len(required) == 1:
         return closure  # type: ignore[return-value]
     if required:

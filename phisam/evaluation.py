@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from phisam.closures import Part, checked_loss, single, whole
+from phisam.closures import Part, checked_loss, first, single, whole
 from phisam.gradient import Perturbation, add_scaled_, flatten
 from phisam.guards import Buffers
+from phisam.measures import Measure
 from phisam.noise import Draw
 from phisam.wrapping import OptionalTensors, Wrapping
 
@@ -28,6 +29,25 @@ class Evaluation:
     part: Part = whole
     draw: Draw | None = None  # None: x itself
     keeps_buffers: bool = False  # the one evaluation that BatchNorm and other buffers remember
+
+
+def plan(measure: Measure, n_samples: int, fraction: float, sample_size: int) -> tuple[list[Evaluation], int, int]:
+    """The evaluations of a step, and which of them is x as the measure sees it, and x on the whole batch.
+
+    They are the points 0..n. With perturb_fraction < 1 the points are on a part of the batch, and x on all of it is one
+    evaluation more: sample rank 0's, so that buffers move where they do in every other step, and where `sync_buffers`
+    takes them.
+    """
+    draws = [measure.draw_of(point) for point in range(1, measure.n_points(n_samples) + 1)]
+    split = bool(draws) and fraction < 1
+    part = first(fraction if split else 1.0)
+    perturbed = [Evaluation(point, part, draw) for point, draw in enumerate(draws, 1)]
+    on_whole = Evaluation(0, keeps_buffers=True)
+    if not split:
+        return [on_whole, *perturbed], 0, 0
+    if sample_size > 1 and not measure.needs_gradient:  # round 0 brings the losses of both
+        return [on_whole, Evaluation(0, part), *perturbed], 1, 0
+    return [Evaluation(0, part), on_whole, *perturbed], 0, 1
 
 
 @dataclass(frozen=True)
@@ -101,9 +121,10 @@ class Evaluator:
         return self._added(evaluated.partial, evaluated.graph)
 
     def squared_gradients(self, examples: Sequence[int]) -> Tensor:
-        """sum_k (grad L_k)^2, flat, over single examples; the network in evaluation mode.
+        """sum_k (s grad L_k)^2, flat, over single examples, s the loss scale; the network in evaluation mode.
 
-        Example k is example k // M of micro-batch k mod M, as strided micro-batches have it.
+        Example k is example k // M of micro-batch k mod M, as strided micro-batches have it. One whose gradient is not
+        finite has no part in the sum.
         """
         M = len(self._closures)
         total = torch.zeros_like(flatten(self._parameters, self._parameters))
@@ -114,7 +135,10 @@ class Evaluator:
                 self._go_to(0.0, ())
                 with self._wrapping.local_forward(), torch.enable_grad():
                     loss = checked_loss(self._closures[example % M](single(example // M)), self._parameters)
-                total.addcmul_(*[flatten(self._wrapping.gradient(loss, self._parameters), self._parameters)] * 2)
+                    scaled = loss if self._loss_scale is None else loss * self._loss_scale
+                gradient = flatten(self._wrapping.gradient(scaled, self._parameters), self._parameters)
+                gradient = torch.where(torch.isfinite(gradient).all(), gradient, 0.0)
+                total.addcmul_(gradient, gradient)
         finally:
             for module, mode in modes:
                 module.training = mode

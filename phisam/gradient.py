@@ -80,19 +80,25 @@ class Perturbation:
         """x <- x + rho * rho_scale * v with the v of the last `draw`; a negative rho goes to the other side."""
         for p, x, v, scale in zip(self._held, self._saved, self._v_parts, rho_scales, strict=True):
             torch.add(x, v, alpha=rho * scale, out=p)
-        self._moved()
+        self._forget_old_values()
 
     @torch.no_grad()
     def undo(self) -> None:
         """x again, bit for bit."""
         if self._holds_copy:
             torch._foreach_copy_(self._held, self._saved)
-            self._moved()
+            self._forget_old_values()
 
     def release(self) -> None:
         """x again, and the copy is void: the base optimizer may move x now."""
         self.undo()
         self._holds_copy = False
+        torch.clear_autocast_cache()
+
+    def _forget_old_values(self) -> None:
+        """An autocast that stands around the step keeps half-precision copies of x: every point would see those."""
+        torch.clear_autocast_cache()
+        self._moved()
 
     def _save(self) -> None:
         if not self._holds_copy:

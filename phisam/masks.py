@@ -17,6 +17,7 @@ class Masks:
 
     def __init__(self, noises: Sequence[Noise]) -> None:
         self._noises = noises
+        self._given: dict[Noise, Tensor] = {}
         self._fisher: dict[FisherMask, Tensor | None] = {
             noise.mask: None for noise in noises if isinstance(noise.mask, FisherMask)
         }
@@ -26,7 +27,7 @@ class Masks:
         """Single examples of the batch are looked at."""
         return bool(self._fisher)
 
-    def check(self, d: int, sharded: bool) -> None:
+    def lay_out(self, d: int, device: torch.device, sharded: bool) -> None:
         """Raises ValueError where a mask does not fit the d trained parameters, or ranks hold pieces of them only."""
         for noise in self._noises:
             if noise.mask is not None and sharded:
@@ -35,6 +36,8 @@ class Masks:
                 raise ValueError(
                     f"{noise.name}: the mask has {noise.mask.numel()} numbers, the trained parameters have {d}"
                 )
+            if isinstance(noise.mask, Tensor):
+                self._given[noise] = noise.mask.to(device)
 
     def forget(self) -> None:
         """Other parameters are trained now: masks are made anew in the next step."""
@@ -42,12 +45,19 @@ class Masks:
 
     def of(self, noise: Noise) -> Tensor | None:
         """The flat mask of a noise, (d,); None if all parameters are perturbed."""
-        return self._fisher[noise.mask] if isinstance(noise.mask, FisherMask) else noise.mask
+        return self._fisher[noise.mask] if isinstance(noise.mask, FisherMask) else self._given.get(noise)
+
+    def due(self, step: int) -> bool:
+        """Whether a mask is made in this step; the same answer on all ranks."""
+        return any(self._is_due(settings, step) for settings in self._fisher)
+
+    def _is_due(self, settings: FisherMask, step: int) -> bool:
+        return step % settings.refresh_every == 0 or self._fisher[settings] is None
 
     def refresh(self, step: int, evaluator: Evaluator, mesh: SampleMesh) -> None:
         """Makes the masks that are due. Collective. Example k is example k // D of data rank k mod D, for every D."""
         for settings in self._fisher:
-            if step % settings.refresh_every and self._fisher[settings] is not None:
+            if not self._is_due(settings, step):
                 continue
             mine = [
                 k // mesh.data_size
@@ -55,7 +65,9 @@ class Masks:
                 if k % mesh.data_size == mesh.data_rank and k // mesh.data_size % mesh.sample_size == mesh.sample_rank
             ]
             fisher = mesh.sum(evaluator.squared_gradients(mine))
-            self._fisher[settings] = _largest(fisher, settings.sparsity)
+            mask, old = _largest(fisher, settings.sparsity), self._fisher[settings]
+            # No example had a gradient that is finite: nothing was learned.
+            self._fisher[settings] = mask if old is None else torch.where(fisher.any(), mask, old)
 
     def state(self) -> list[Tensor | None]:
         """What a resumed run needs."""
@@ -73,8 +85,8 @@ class Masks:
 
 
 def _largest(values: Tensor, sparsity: float) -> Tensor:
-    """Bool mask (d,): True for the round((1 - sparsity) d) largest values."""
-    keep = round((1 - sparsity) * values.numel())
+    """Bool mask (d,): True for the round((1 - sparsity) d) largest values, one at least."""
+    keep = max(1, round((1 - sparsity) * values.numel()))
     mask = torch.zeros_like(values, dtype=torch.bool)
     mask[torch.topk(values, keep, sorted=False).indices] = True
     return mask

@@ -345,5 +345,9 @@ def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _flat(v: Tensor | Sequence[Tensor]) -> Tensor:
+    if not isinstance(v, Tensor) and not (
+        isinstance(v, Sequence) and v and all(isinstance(part, Tensor) for part in v)
+    ):
+        raise ValueError(f"expected a flat tensor (d,), or one tensor per parameter in the model's order, got {v!r}")
     flat = v if isinstance(v, Tensor) else torch.cat([part.reshape(-1) for part in v])
     return flat.detach().reshape(-1).clone()

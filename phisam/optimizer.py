@@ -12,25 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from phisam.agreement import check_batches_agree, check_settings_agree
 from phisam.base import BaseStep
 from phisam.catalogue import sgd
 from phisam.checks import (
     check_lam,
     check_mesh,
     check_rho,
+    check_rho_scale,
     check_settings,
     check_tensors,
     trained_parameters,
 )
 from phisam.closures import Closure, first, taking_parts
-from phisam.evaluation import Evaluation, Evaluator
+from phisam.evaluation import Evaluation, Evaluator, plan
 from phisam.gradient import Perturbation, Rows, add_scaled_, flatten
 from phisam.guards import Buffers, Monitor, same_randomness
 from phisam.masks import Masks
@@ -86,7 +88,8 @@ class PhiSAM(Optimizer):
     Parameters must be float32 or float64, of one dtype on one device. torch's random generators inside closures
     are keyed by (seed, step, data rank); outside they are untouched. If a loss or gradient is inf or NaN the step
     is skipped on all ranks and counted in `skipped_steps`. On CUDA nothing in a step waits for the device if the
-    base optimizer is one of torch's fused ones; with another the host reads one flag, after all work is queued.
+    base optimizer is one of torch's fused ones; with another, with FSDP2, and in the first step of fused SGD with
+    momentum, the host reads one flag, after all work is queued. Before the first step ranks compare their settings.
 
     Raises:
         ValueError: a setting is out of range, or model, optimizer and mesh do not belong together.
@@ -132,12 +135,14 @@ class PhiSAM(Optimizer):
         self._base_step = BaseStep(base_optimizer, self._wrapping, grad_scaler, max_grad_norm)
         check_mesh(model, self.mesh)
         self._parameters: list[nn.Parameter] = []
+        self._rho_scales: dict[nn.Parameter, float] = {}
         self._layout: list[tuple[Any, ...]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._wrapping.check(trained_parameters(model, base_optimizer), self.mesh, self.scope)
         self._lay_out()
         self._monitor = Monitor(self._parameters[0].device, overflow_expected=grad_scaler is not None)
         self._last_step: StepRecord | None = None
+        self._agreed = self.mesh.world_size == 1
         if not isinstance(model, DistributedDataParallel) and not self._wrapping.reduces_every_backward:
             self.mesh.broadcast([*(p.data for p in model.parameters()), *model.buffers()])
 
@@ -173,7 +178,7 @@ class PhiSAM(Optimizer):
         return self._monitor.skipped_steps
 
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
         """One step. The closure runs the forward pass and returns the scalar loss; it calls no backward.
 
         A list of closures is a list of micro-batches (gradient accumulation): each point is evaluated on all of them,
@@ -192,6 +197,8 @@ class PhiSAM(Optimizer):
         for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
             p.grad = None
         device = self._parameters[0].device
+        if self._masks.due(self._step):
+            self.sync_buffers()  # ranks that were not at x have old ones, which a network in evaluation mode reads
         buffers = Buffers(self.model)
         taken = torch.zeros((), dtype=torch.bool, device=device)
         try:
@@ -206,6 +213,8 @@ class PhiSAM(Optimizer):
                     lambda: restart(dropout_key),
                     self._base_step.loss_scale(device),
                 )
+                if not self._agreed:
+                    self._check_agreement(evaluator)
                 self._masks.refresh(self._step, evaluator, self.mesh)
                 record, loss, finite = self._accumulate_gradient(evaluator)
             taken = finite & self._base_step.finish_gradient(self._parameters, self.mesh)
@@ -222,10 +231,11 @@ class PhiSAM(Optimizer):
         """.grad <- g = sum_e w_e grad L_e, reduced over all ranks. Returns the record, L_0, all losses finite."""
         mesh, rho = self.mesh, self.rho
         measure, lam = (self.measure, self.every * self.lam) if self._step % self.every == 0 else (sgd(), 0.0)
-        evaluations, split = self._evaluations(measure)
+        evaluations, seen, whole = plan(measure, self.n_samples, self.perturb_fraction, mesh.sample_size)
+        split = seen != whole
         deal = Deal(len(evaluations), mesh.sample_size, measure.needs_gradient)
         exchange = LossExchange(mesh, deal, self.scope)
-        rho_scales = self._rho_scales()
+        rho_scales = [self._rho_scales[p] for p in self._parameters]
         rows = Rows(len(self._parameters))
         direction: Tensor | None = None
         for round in range(deal.rounds - 1):
@@ -237,7 +247,7 @@ class PhiSAM(Optimizer):
             L_e = exchange.report(round, evaluated.loss)
             gradient = evaluator.gradient(evaluated)
             if evaluation.draw is not None:
-                delta = (L_e - exchange.at_x) / rho**2
+                delta = (L_e - exchange.first_losses[seen]) / rho**2
                 rows.add(gradient, *measure.slopes(delta, evaluation.point))
                 continue
             if index == 0 and measure.needs_gradient:
@@ -252,9 +262,12 @@ class PhiSAM(Optimizer):
         self._draw(evaluation, direction)
         evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=True)
         exchange.report(round, evaluated.loss)
-        losses = torch.cat([exchange.losses[:1], exchange.losses[2:]]) if split else exchange.losses
+        losses = torch.cat([exchange.losses[seen : seen + 1], exchange.losses[2:]]) if split else exchange.losses
         weights, sharpness = measure.weigh(losses, rho, lam)
-        by_evaluation = torch.cat([weights[:1] - 1, torch.ones_like(weights[:1]), weights[1:]]) if split else weights
+        by_evaluation = weights
+        if split:
+            at_x = torch.stack([weights[0] - 1, torch.ones_like(weights[0])])
+            by_evaluation = torch.cat([at_x if seen == 0 else at_x.flip(0), weights[1:]])
         factors = None if rows.empty else measure.factors(losses, rho, lam, rows.log_scale)
         # The reduction averages over D S ranks; the mean is over D and the sum over S.
         gradients = rows.combine(by_evaluation, factors, mesh.sample_size)
@@ -269,17 +282,24 @@ class PhiSAM(Optimizer):
         for p in self._others:  # theirs is a piece of the last point's gradient: no use to another optimizer
             p.grad = None
         record = StepRecord(losses, weights, (losses[1:] - losses[0]) / rho**2, sharpness)
-        return record, exchange.losses[int(split)], exchange.finite
+        return record, exchange.losses[whole], exchange.finite
 
-    def _evaluations(self, measure: Measure) -> tuple[list[Evaluation], bool]:
-        """Points 0..n; with perturb_fraction < 1 on a part of the batch, and x on all of it as evaluation 1."""
-        draws = [measure.draw_of(point) for point in range(1, measure.n_points(self.n_samples) + 1)]
-        split = bool(draws) and self.perturb_fraction < 1
-        part = first(self.perturb_fraction if split else 1.0)
-        at_x = [Evaluation(0, part, keeps_buffers=not split)]
-        if split:
-            at_x.append(Evaluation(0, keeps_buffers=True))
-        return at_x + [Evaluation(point, part, draw) for point, draw in enumerate(draws, 1)], split
+    def _check_agreement(self, evaluator: Evaluator) -> None:
+        """Once: the ranks have the same settings, and sample ranks the same batch."""
+        settings = {
+            "seed": self.seed,
+            "the step counter": self._step,
+            "n_samples": self.n_samples,
+            "every": self.every,
+            "perturb_fraction": float(self.perturb_fraction),
+            "rho": self.rho,
+            "lam": self.lam,
+        }
+        check_settings_agree(self.mesh, settings, self._parameters[0].device)
+        if self.mesh.sample_size > 1:
+            at_x = evaluator.evaluate(Evaluation(0, first(self.perturb_fraction)), self.rho, (), last=False)
+            check_batches_agree(self.mesh, at_x.loss)
+        self._agreed = True
 
     def _draw(self, evaluation: Evaluation, direction: Tensor | None) -> None:
         if evaluation.draw is not None:
@@ -318,8 +338,8 @@ class PhiSAM(Optimizer):
         own = {
             "step": self._step,
             "seed": self.seed,
-            "rho": self.rho,
-            "lam": self.lam,
+            "rho": None if PhiSAM.rho.is_scheduled(self) else self.rho,  # code, not state; it may have ended
+            "lam": None if PhiSAM.lam.is_scheduled(self) else self.lam,
             "skipped_steps": self.skipped_steps,
             "masks": self._masks.state(),
         }
@@ -337,26 +357,33 @@ class PhiSAM(Optimizer):
                 "load the state of a bare base optimizer with opt.base_optimizer.load_state_dict(...)"
             )
         own = state_dict["phisam"]
-        self._masks.load(own["masks"], self._parameters[0].device)
+        self._lay_out()
+        self._masks.load(own.get("masks", []), self._parameters[0].device)
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "phisam"})
         self._lay_out()
         self._step, self.seed = own["step"], own["seed"]
-        if not PhiSAM.rho.is_scheduled(self):
+        if own["rho"] is not None and not PhiSAM.rho.is_scheduled(self):
             self.rho = own["rho"]
-        if not PhiSAM.lam.is_scheduled(self):
+        if own["lam"] is not None and not PhiSAM.lam.is_scheduled(self):
             self.lam = own["lam"]
         self._monitor.skipped_steps = own["skipped_steps"]
 
-    def _rho_scales(self) -> list[float]:
-        scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
-        return [scales[p] for p in self._parameters]
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "PhiSAM holds the model, the process mesh and closures over both: it cannot be copied or pickled; save "
+            "opt.state_dict() and load it into a new PhiSAM"
+        )
 
     def _lay_out(self) -> None:
         """Follows the base optimizer: its groups, its state, and which parameters are trained now."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
-        for group in self.param_groups:
-            group.setdefault("rho_scale", 1.0)
+        for group in self.param_groups:  # a state of the bare base optimizer, loaded into it, has no rho_scale
+            group.setdefault(
+                "rho_scale", next((self._rho_scales[p] for p in group["params"] if p in self._rho_scales), 1.0)
+            )
+            check_rho_scale(group["rho_scale"])
+        self._rho_scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
         self._wrapping.moved()  # an evaluation, or a step that raised, may have left FSDP2's parameters gathered
         parameters = trained_parameters(self.model, self.base_optimizer)
         held = self._wrapping.held(parameters)
@@ -366,8 +393,10 @@ class PhiSAM(Optimizer):
         self._wrapping.check(parameters, self.mesh, self.scope)
         check_tensors(self.model, parameters)
         d = sum(p.numel() for p in parameters)
-        self._masks.check(d, sharded=self._wrapping.reduces_every_backward)
-        self._masks.forget()
+        self._masks.lay_out(d, parameters[0].device, sharded=self._wrapping.reduces_every_backward)
+        # Not when memory alone moved: that may happen on one rank, and making masks is collective.
+        if [entry[0] for entry in layout] != [entry[0] for entry in self._layout]:
+            self._masks.forget()
         names = {p: name for name, p in self.model.named_parameters()}
         self._layout = layout
         self._parameters = parameters

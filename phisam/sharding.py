@@ -237,9 +237,9 @@ class LossExchange:
         return by_evaluation[:, dealt_here - self._deal.evaluations(rounds[0]).start].mean()
 
     @property
-    def at_x(self) -> Tensor:
-        """The loss of evaluation 0, known after round 0. Float64."""
-        return self._in_scope(self._known[0])[0]
+    def first_losses(self) -> Tensor:
+        """The losses of round 0. Float64."""
+        return self._in_scope(self._known[0])
 
     @property
     def losses(self) -> Tensor:

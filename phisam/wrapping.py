@@ -55,7 +55,12 @@ class Wrapping:
 
     def gradient(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> OptionalTensors:
         """The gradient of a local forward's loss, as this rank holds it. .grad is left as it was: None."""
-        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        gradients: OptionalTensors = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise ValueError(
+                "a gradient is sparse, and cannot be combined with others: use embedding(..., sparse=False)"
+            )
+        return gradients
 
     def start_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """.grad <- gradients, which the last backward adds to."""
@@ -106,11 +111,14 @@ class Replicated(Wrapping):
         `no_sync` would not do: a forward inside it may still rebuild buckets, a collective that ranks with another
         number of points would not join.
         """
+        own = self.model.__dict__.get("forward")  # a user's patch of this instance
         self.model.forward = self.model.module.__call__  # type: ignore[method-assign]
         try:
             yield
         finally:
             del self.model.forward  # the class's own method is seen again
+            if own is not None:
+                self.model.forward = own  # type: ignore[method-assign]
 
     @contextmanager
     def reducing_forward(self) -> Iterator[None]:

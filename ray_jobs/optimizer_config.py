@@ -80,12 +80,17 @@ class AsamMeasure(Section):
     )
 
 
-class SsamMeasure(Section):
-    """SSAM-F: v = mask * grad L / ‖grad L‖; the mask is made anew each epoch, from the Fisher information."""
+class FisherMask(Section):
+    """Perturbs the parameters with the largest Fisher information alone; made anew each epoch."""
 
-    name: Literal["ssam"]
     sparsity: Fraction = Field(0.5, description="part of the parameters that the mask leaves unperturbed")
     fisher_samples: Count = Field(16, description="examples of a batch that the Fisher information is estimated from")
+
+
+class SsamMeasure(FisherMask):
+    """SSAM-F: v = mask * grad L / ‖grad L‖."""
+
+    name: Literal["ssam"]
 
 
 # mu
@@ -100,8 +105,12 @@ class NoiseOptions(Section):
         False, description="delta from L(x + rho v) and L(x - rho v), free of the gradient; n_samples counts pairs"
     )
     adaptive: NonNegative | None = Field(None, description="eta: v is scaled by |x| + eta, elementwise")
+    scaled: Literal["all", "weight"] = Field("all", description="adaptive: all tensors, or those named weight")
+    fisher_mask: FisherMask | None = Field(None, description="perturb the most informative parameters alone")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.scaled != "all" and self.adaptive is None:
+            yield "scaled", 'must be "all" without adaptive, which is what it belongs to'
         if self.antithetic and self.symmetric:
             yield (
                 "antithetic",

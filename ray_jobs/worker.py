@@ -35,6 +35,7 @@ from ray_jobs.optimizer_config import (
     DecaySchedule,
     MultistepSchedule,
     NoiseConfig,
+    NoiseOptions,
     ScheduleConfig,
     SsamMeasure,
     StepSchedule,
@@ -164,18 +165,22 @@ def make_measure(config: OptimizerConfig, steps_per_epoch: int = 1) -> phisam.Me
     if isinstance(config.measure, SsamMeasure):
         settings["refresh_every"] = steps_per_epoch
     measure: phisam.Measure = getattr(phisam, config.measure.name)(**settings)
-    return measure if config.noise is None else measure.with_noise(make_noise(config.noise))
+    return measure if config.noise is None else measure.with_noise(make_noise(config.noise, steps_per_epoch))
 
 
-def make_noise(config: NoiseConfig) -> phisam.Noise:
+def make_noise(config: NoiseConfig, steps_per_epoch: int) -> phisam.Noise:
     """mu with its options."""
-    settings = config.model_dump(exclude={"name", "antithetic", "symmetric", "adaptive"})
+    settings = config.model_dump(exclude={"name", *NoiseOptions.model_fields})
     noise: phisam.Noise = getattr(phisam, config.name)(**settings)
     if config.antithetic:
         noise = noise.antithetic()
     if config.symmetric:
         noise = noise.symmetric()
-    return noise if config.adaptive is None else noise.adaptive(config.adaptive)
+    if config.adaptive is not None:
+        noise = noise.adaptive(config.adaptive, config.scaled)
+    if config.fisher_mask is not None:
+        noise = noise.masked(phisam.fisher_mask(**config.fisher_mask.model_dump(), refresh_every=steps_per_epoch))
+    return noise
 
 
 def make_base_optimizer(config: OptimizerConfig, model: nn.Module, fused: bool) -> torch.optim.Optimizer:

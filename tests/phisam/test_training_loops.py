@@ -959,3 +959,131 @@ def test_what_is_random_or_counts_is_the_same_at_all_points(kind: str, layer: st
         assert torch.equal(losses, losses[0].expand_as(losses))
         seen.append(float(losses[0]))
     assert seen[0] != seen[1]
+
+
+# What stands around a step.
+
+
+@every_kind
+def test_an_autocast_around_the_step_does_not_hide_the_perturbation(kind: str) -> None:
+    """Autocast keeps half-precision copies of leaves until its outermost context ends: every point would see x."""
+    model, inside = smooth_model().float(), smooth_model().float()
+    opt, inside_opt = make(model, kind), make(inside, kind)
+    x, y = examples()
+
+    def loss(net: nn.Module, part: Part) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = net(part(x))
+        return nn.functional.cross_entropy(outputs.float(), part(y))
+
+    inside_opt.step(functools.partial(loss, inside))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt.step(functools.partial(loss, model))
+        after = loss(model, lambda x: x)
+    assert torch.equal(opt.last_step.losses, inside_opt.last_step.losses)
+    assert_bit_equal(state(model), state(inside))
+    assert torch.equal(after, loss(inside, lambda x: x))
+
+
+def test_the_state_after_a_schedule_that_ends_at_0_can_be_saved() -> None:
+    model = smooth_model()
+    opt = make(model, "trace", rho=schedules.linear(0.1, 0.0, 2))
+    for _ in range(2):
+        opt.step(micro_batches(model, 1))
+    saved = opt.state_dict()
+    resumed = make(smooth_model(), "trace", rho=0.25)
+    resumed.load_state_dict(saved)
+    assert resumed.rho == 0.25  # a schedule is code: the one who resumes has it
+
+
+def test_a_state_without_masks_is_named() -> None:
+    opt = make(smooth_model(), "ssam")
+    saved = opt.state_dict()
+    del saved["phisam"]["masks"]
+    with pytest.raises(ValueError, match=r"the state has 0 Fisher masks, but the measure has 1"):
+        opt.load_state_dict(saved)
+
+
+def test_rho_scale_survives_a_bare_state_of_the_base_optimizer() -> None:
+    model = smooth_model()
+    groups = [{"params": model[0].parameters(), "rho_scale": 0.0}, {"params": model[2].parameters()}]
+    opt = make(model, "trace", base=torch.optim.SGD(groups, lr=0.05))
+    bare = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.01)
+    opt.base_optimizer.load_state_dict(bare.state_dict())
+    opt.step(micro_batches(model, 1))
+    assert [group["rho_scale"] for group in opt.param_groups] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, "0", None])
+def test_a_rho_scale_that_is_no_number_is_refused(value: Any) -> None:
+    model = smooth_model()
+    with pytest.raises(ValueError, match="rho_scale of a parameter group must be a finite number"):
+        make(model, "trace", base=torch.optim.SGD([{"params": model.parameters(), "rho_scale": value}], lr=0.1))
+
+
+def test_an_optimizer_is_neither_copied_nor_pickled() -> None:
+    with pytest.raises(TypeError, match=r"save opt\.state_dict\(\) and load it into a new PhiSAM"):
+        copy.deepcopy(make(smooth_model()))
+
+
+def test_an_example_that_is_not_finite_has_no_say_in_the_mask() -> None:
+    x, y = examples()
+    bad = x.double()
+    bad[3] = math.nan
+    model = smooth_model()
+    opt = make(model, "ssam")
+
+    def loss(part: Part) -> Tensor:
+        return nn.functional.cross_entropy(model(part(bad)), part(y))
+
+    fisher = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for k in set(range(16)) - {3}:
+        alone = functools.partial(torch.narrow, dim=0, start=k, length=1)
+        gradients = torch.autograd.grad(loss(alone), list(model.parameters()))
+        fisher += torch.cat([g.reshape(-1) for g in gradients]).square()
+    opt.step(loss)
+    assert opt.skipped_steps == 1
+    (mask,) = opt.state_dict()["phisam"]["masks"]
+    assert set(mask.nonzero().flatten().tolist()) == set(fisher.topk(int(mask.sum())).indices.tolist())
+
+
+def test_a_part_that_is_bound_by_its_name() -> None:
+    model = smooth_model()
+    opt = make(model, "trace", perturb_fraction=0.5)
+    x, y = examples()
+
+    def loss(x: Tensor, y: Tensor, part: Part) -> Tensor:
+        return nn.functional.cross_entropy(model(part(x)), part(y))
+
+    opt.step(functools.partial(loss, x.double(), y=y))
+    with pytest.raises(ValueError, match=r"part picks examples from a tensor .* got \{"):
+        opt.step(lambda part: part({"x": x}).sum())
+
+
+def test_a_step_without_closure_names_the_scaler_too() -> None:
+    with pytest.raises(ValueError, match=r"step needs a closure.*grad_scaler; scaler\.step has no part in it"):
+        make(smooth_model()).step()
+
+
+def test_sgd_asks_nothing_of_a_noise() -> None:
+    noise = phisam.gaussian().masked(phisam.fisher_mask())
+    model = smooth_model()
+    opt = make(model, "sgd", noise=noise)
+    x, y = examples()
+    opt.step(lambda: nn.functional.cross_entropy(model(x.double()), y))
+
+
+def test_a_forward_that_was_patched_onto_a_ddp_wrapper_stays(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(smooth_model())
+        calls = []
+        own = ddp.forward
+        ddp.forward = lambda *inputs: calls.append(1) or own(*inputs)
+        opt = make(ddp, "trace", mesh=phisam.sample_mesh(2))
+        x, y = examples()
+        opt.step(lambda: nn.functional.cross_entropy(ddp(x.double()), y))
+        ddp(x.double())
+        assert len(calls) == 2  # the step's last point, and ours
+    finally:
+        torch.distributed.destroy_process_group()

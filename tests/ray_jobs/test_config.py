@@ -132,6 +132,11 @@ MISTAKES = {
         "run.yaml:10: optimizer.noise.antithetic: ",
         ["false", "symmetric", "twice"],
     ),
+    "scaled without eta": (
+        ("measure: frobenius", "measure: trace\n  noise: {name: gaussian, scaled: weight}"),
+        "run.yaml:10: optimizer.noise.scaled: ",
+        ["all", "adaptive"],
+    ),
     "negative eta": (
         ("measure: frobenius", "measure: trace\n  noise: {name: gaussian, adaptive: -0.1}"),
         "run.yaml:10: optimizer.noise.adaptive: ",

@@ -70,13 +70,15 @@ def test_options_of_a_noise() -> None:
     def made(**options: Any) -> phisam.Noise:
         settings: NoiseConfig | None = optimizer_config(noise={"name": "gaussian", **options}).noise
         assert settings is not None
-        return worker.make_noise(settings)
+        return worker.make_noise(settings, steps_per_epoch=35)
 
     assert (made().paired, made().two_sided, made().scaling) == (False, False, None)
     both = made(antithetic=True, adaptive=0.0)
     assert (both.paired, both.two_sided, both.scaling) == (True, False, Scaling(0.0, "all"))
     both = made(symmetric=True, adaptive=0.5)
     assert (both.paired, both.two_sided, both.scaling) == (False, True, Scaling(0.5, "all"))
+    assert made(adaptive=0.5, scaled="weight").scaling == Scaling(0.5, "weight")
+    assert made(fisher_mask={"sparsity": 0.9}).mask == phisam.fisher_mask(0.9, 16, 35)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "sphere", "rademacher", {"name": "hypercube", "half_width": 0.5}])

@@ -69,27 +69,26 @@ def test_the_json_schema_refuses_the_short_form_of_what_has_settings_to_give() -
     assert not jsonschema.Draft202012Validator(json_schema()).is_valid(description)
 
 
+OF_OPTIMIZER = (
+    "base, measure, noise, rho, rho_schedule, lam, lam_schedule, n_samples, every, perturb_fraction, max_grad_norm, "
+    "sample_parallel, scope"
+)
+
 # (change of DESCRIPTION, the errors in full)
 SENTENCES: dict[str, tuple[tuple[str, str], list[str]]] = {
     "unknown key": (
         ("rho: 0.03", "rhoo: 0.1"),
-        [
-            "run.yaml:10: optimizer.rhoo: unknown key (value 0.1). Did you mean 'rho'? "
-            "Allowed: base, measure, noise, rho, lam, n_samples, sample_parallel, scope"
-        ],
+        [f"run.yaml:10: optimizer.rhoo: unknown key (value 0.1). Did you mean 'rho'? Allowed: {OF_OPTIMIZER}"],
     ),
     "key of another section": (
         ("rho: 0.03", "epochs: 3"),
-        [
-            "run.yaml:10: optimizer.epochs: unknown key (value 3). It belongs to training. "
-            "Allowed: base, measure, noise, rho, lam, n_samples, sample_parallel, scope"
-        ],
+        [f"run.yaml:10: optimizer.epochs: unknown key (value 3). It belongs to training. Allowed: {OF_OPTIMIZER}"],
     ),
     "key of a section inside": (
         ("rho: 0.03", "lr: 0.3"),
         [
             "run.yaml:10: optimizer.lr: unknown key (value 0.3). It belongs to optimizer.base (adam, adamw, sgd). "
-            "Allowed: base, measure, noise, rho, lam, n_samples, sample_parallel, scope"
+            f"Allowed: {OF_OPTIMIZER}"
         ],
     ),
     "setting of a name that is missing": (
