@@ -14,6 +14,22 @@ from phisam.measures import Measure, Phi, delta_of, derivative
 from phisam.noise import Noise, Scaled
 
 
+class _Linear(Measure):
+    """phi(t) = psi(t) = t: w_i = lam / n and w_0 = 1 - lam, whatever the losses are."""
+
+    def __init__(self, noise: Noise, name: str) -> None:
+        super().__init__(
+            lambda t: t, lambda t: t, noise, name=name, elementwise=True, slope=lambda t: (torch.ones_like(t),)
+        )
+
+    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
+        if len(self.noises) > 1:
+            return super().weigh(losses, rho, lam)
+        w = torch.full_like(losses, lam / (len(losses) - 1))
+        w[0] = 1 - lam
+        return w, delta_of(losses.detach().double(), rho).mean().to(losses.dtype)
+
+
 class _Frobenius(Measure):
     """S = sum_i lambda_i^2 = ‖H‖_F^2, row 2 of Table 1; unbiased: Algorithm 3."""
 
@@ -51,6 +67,15 @@ class _Frobenius(Measure):
             self.n_points(len(delta))
         # 2 (mean delta^2 - (mean delta)^2) without its cancellation.
         return 2 * delta.var(correction=int(self.unbiased))
+
+    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
+        """w_0 = 1, w_i = 4 lam (delta_i - mean delta) / (n - 1): Algorithm 3; n in place of n - 1: equation (105)."""
+        if len(self.noises) > 1:
+            return super().weigh(losses, rho, lam)
+        delta = delta_of(losses.detach().double(), rho)
+        centred = delta - delta.mean()
+        w = 4 * lam / (len(delta) - int(self.unbiased)) * centred
+        return torch.cat([torch.ones_like(w[:1]), w]).to(losses.dtype), self._value(delta).to(losses.dtype)
 
 
 class _Exponential(Measure):
@@ -92,11 +117,8 @@ class _Exponential(Measure):
         return self.phi_of_log(_log_mean_exp(self.sigma * delta))
 
 
-class _Ascent(Measure):
-    """phi(t) = psi(t) = t with mu a Dirac at a function of grad L: more draws would be the same point again."""
-
-    def __init__(self, noise: Noise, name: str) -> None:
-        super().__init__(lambda t: t, lambda t: t, noise, name=name, elementwise=True, slope=_one)
+class _Ascent(_Linear):
+    """mu is a Dirac at a function of grad L: more draws would be the same point again."""
 
     def n_points(self, n_samples: int) -> int:
         return 1 if all(noise.of_gradient for noise in self.noises) else super().n_points(n_samples)
@@ -114,8 +136,8 @@ class _Unperturbed(Measure):
     def n_points(self, n_samples: int) -> int:
         return 0
 
-    def _value(self, delta: Tensor) -> Tensor:
-        return delta.sum()  # of no numbers: zero, on the right device
+    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(losses), losses.new_zeros(())
 
 
 def trace() -> Measure:
@@ -123,7 +145,7 @@ def trace() -> Measure:
 
     w_0 = 1 - lam, so lam > 1 leaves the objective unbounded below; lam = 1 is the loss averaged over the noise.
     """
-    return Measure(lambda t: t, lambda t: t, mu.sphere(), name="trace", elementwise=True, slope=_one)
+    return _Linear(mu.sphere(), "trace")
 
 
 def frobenius(unbiased: bool = True) -> Measure:
@@ -212,11 +234,6 @@ def ssam(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: int = 3
 def sgd() -> Measure:
     """phi = 0: the base optimizer alone, through the same step. n_samples, rho, lam and noise have no effect."""
     return _Unperturbed()
-
-
-def _one(t: Tensor) -> Sequence[Tensor]:
-    """The slope of psi(t) = t."""
-    return (torch.ones_like(t),)
 
 
 def _log_mean_exp(x: Tensor) -> Tensor:

@@ -72,10 +72,9 @@ def check_settings(
         )
 
 
-def trained_parameters(model: nn.Module, base_optimizer: Optimizer) -> list[nn.Parameter]:
+def trained_parameters(of_model: Sequence[nn.Parameter], base_optimizer: Optimizer) -> list[nn.Parameter]:
     """x: the parameters of the base optimizer that require a gradient, in the model's order."""
     optimized = {p for group in base_optimizer.param_groups for p in group["params"]}
-    of_model = list(model.parameters())
     foreign = len(optimized - set(of_model))
     if foreign:
         raise ValueError(

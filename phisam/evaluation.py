@@ -112,7 +112,7 @@ class Evaluator:
                 partial = self._added(partial, graph)
         if evaluation.keeps_buffers:
             self._buffers.keep()
-        return Evaluated(torch.stack(losses).mean(), graph, partial)
+        return Evaluated(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), graph, partial)
 
     def gradient(self, evaluated: Evaluated) -> OptionalTensors:
         """grad L_e, of what this rank holds; frees the graph."""

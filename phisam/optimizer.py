@@ -138,7 +138,7 @@ class PhiSAM(Optimizer):
         self._rho_scales: dict[nn.Parameter, float] = {}
         self._layout: list[tuple[Any, ...]] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self._wrapping.check(trained_parameters(model, base_optimizer), self.mesh, self.scope)
+        self._wrapping.check(trained_parameters(list(model.parameters()), base_optimizer), self.mesh, self.scope)
         self._lay_out()
         self._monitor = Monitor(self._parameters[0].device, overflow_expected=grad_scaler is not None)
         self._last_step: StepRecord | None = None
@@ -194,7 +194,7 @@ class PhiSAM(Optimizer):
         """
         closures = taking_parts(closure, self._why_parts())
         self._lay_out()
-        for p in self.model.parameters():  # also those that are not trained: the last backward would add to theirs
+        for p in self._of_model:  # also those that are not trained: the last backward would add to theirs
             p.grad = None
         device = self._parameters[0].device
         if self._masks.due(self._step):
@@ -249,11 +249,11 @@ class PhiSAM(Optimizer):
             if evaluation.draw is not None:
                 delta = (L_e - exchange.first_losses[seen]) / rho**2
                 rows.add(gradient, *measure.slopes(delta, evaluation.point))
-                continue
+            elif not deal.everywhere(round) or mesh.sample_rank == 0:
+                rows.add_unperturbed(index, gradient)
             if index == 0 and measure.needs_gradient:
                 direction = self._direction(gradient)
-            if not deal.everywhere(round) or mesh.sample_rank == 0:
-                rows.add_unperturbed(index, gradient)
+            del gradient, evaluated  # d numbers that the next evaluation has room for
 
         round = deal.rounds - 1
         index = deal.evaluation(round, mesh.sample_rank)
@@ -262,7 +262,8 @@ class PhiSAM(Optimizer):
         self._draw(evaluation, direction)
         evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=True)
         exchange.report(round, evaluated.loss)
-        losses = torch.cat([exchange.losses[seen : seen + 1], exchange.losses[2:]]) if split else exchange.losses
+        all_losses = exchange.losses
+        losses = torch.cat([all_losses[seen : seen + 1], all_losses[2:]]) if split else all_losses
         weights, sharpness = measure.weigh(losses, rho, lam)
         by_evaluation = weights
         if split:
@@ -282,7 +283,7 @@ class PhiSAM(Optimizer):
         for p in self._others:  # theirs is a piece of the last point's gradient: no use to another optimizer
             p.grad = None
         record = StepRecord(losses, weights, (losses[1:] - losses[0]) / rho**2, sharpness)
-        return record, exchange.losses[whole], exchange.finite
+        return record, all_losses[whole], exchange.finite
 
     def _check_agreement(self, evaluator: Evaluator) -> None:
         """Once: the ranks have the same settings, and sample ranks the same batch."""
@@ -385,7 +386,8 @@ class PhiSAM(Optimizer):
             check_rho_scale(group["rho_scale"])
         self._rho_scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
         self._wrapping.moved()  # an evaluation, or a step that raised, may have left FSDP2's parameters gathered
-        parameters = trained_parameters(self.model, self.base_optimizer)
+        self._of_model = list(self.model.parameters())
+        parameters = trained_parameters(self._of_model, self.base_optimizer)
         held = self._wrapping.held(parameters)
         layout = [(id(p), p.dtype, p.device, p.shape, x.data_ptr()) for p, x in zip(parameters, held, strict=True)]
         if layout == self._layout:
@@ -401,7 +403,7 @@ class PhiSAM(Optimizer):
         self._layout = layout
         self._parameters = parameters
         trained = set(parameters)
-        self._others = [p for p in self.model.parameters() if p not in trained]
+        self._others = [p for p in self._of_model if p not in trained]
         self._perturbation = Perturbation(
             held,
             [names[p] for p in parameters],

@@ -252,4 +252,6 @@ class LossExchange:
         return torch.isfinite(torch.cat(self._known, dim=1)).all()
 
     def _in_scope(self, by_evaluation: Tensor) -> Tensor:
-        return by_evaluation.mean(0) if self._scope == "global" else by_evaluation[self._mesh.data_rank]
+        if self._scope == "global" and self._mesh.data_size > 1:
+            return by_evaluation.mean(0)
+        return by_evaluation[self._mesh.data_rank]

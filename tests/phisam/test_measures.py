@@ -116,6 +116,15 @@ def test_slopes_in_closed_form_are_those_of_autograd(make: Callable[[], phisam.M
         assert torch.equal(measure.slopes(t, 1)[0], by_autograd.slopes(t, 1)[0])
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("make", [phisam.trace, phisam.sam, phisam.frobenius, lambda: phisam.frobenius(unbiased=False)])
+def test_weights_in_closed_form_are_those_of_autograd(make: Callable[[], phisam.Measure], lam: float) -> None:
+    measure, values = make(), losses(0.4, -0.3, 1.1)
+    weights, sharpness = phisam.Measure.weigh(measure, values, 0.7, lam)
+    torch.testing.assert_close(measure.weights(values, 0.7, lam), weights, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(measure.value(values, 0.7), sharpness, rtol=1e-12, atol=1e-12)
+
+
 def test_a_constant_component_has_no_slope() -> None:
     measure = phisam.Measure(lambda t: t[0] * t[1], lambda t: (t, torch.ones_like(t)), phisam.gaussian())
     values = losses(0.4, -0.3)
