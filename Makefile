@@ -1,13 +1,14 @@
 # make demo   a first run: SGD and Frob-SAM on 5,000 MNIST images, two workers, tracked in MLflow
 # make test   the tests
 # make lint   ruff and mypy --strict
+# make bench  what a step costs on this machine, in about five minutes (docs/speed.md)
 # Each makes the virtual environment .venv and installs into it what is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/phisam train mnist5k-sgd mnist5k-frob
@@ -19,6 +20,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy phisam ray_jobs
+
+bench: $(INSTALLED)
+	$(VENV)/bin/phisam bench
 
 install: $(INSTALLED)
 

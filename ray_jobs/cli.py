@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 DESCRIPTION = "Train with (phi, psi, mu) sharpness-aware optimizers on Ray, tracked in MLflow."
@@ -61,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_validate(commands)
     _add_recipes(commands)
+    _add_plan(commands)
+    _add_bench(commands)
     _add_ui(commands)
     return parser
 
@@ -121,6 +124,70 @@ def _add_recipes(commands: Any) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME")
 
 
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        _bench,
+        "measure what a step costs on this machine, beside the limit and other packages",
+        """\
+Times one step of SGD, PhiSAM and their peers in turns, in about five minutes, and prints Markdown tables.
+
+  phisam bench
+  phisam bench --model resnet18 --n 1,3 --workers 2 --csv speed.csv --plot speed.png
+  phisam bench --model torchvision/resnet50 --device cuda --batch 64
+
+Let nothing else run meanwhile. What the columns mean: docs/speed.md.""",
+    )
+    parser.add_argument(
+        "--model", type=_words, default=["mlp", "resnet18"], metavar="NAME,...", help="as in run descriptions"
+    )
+    parser.add_argument("--n", type=_counts, default=[1, 2, 4, 8], metavar="N,...", help="n_samples (default: 1,2,4,8)")
+    parser.add_argument("--workers", type=_counts, metavar="W,...", help="processes, or GPUs (default: 1,2)")
+    parser.add_argument("--batch", type=_positive, help="examples that the workers share, in place of a model's usual")
+    parser.add_argument(
+        "--measure",
+        choices=["trace", "frobenius", "determinant", "log_determinant"],
+        help="default: frobenius, and trace for n = 1",
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--seconds", type=_positive, default=300, help="about what it may take (default: 300)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write ratios against n: .png, .svg or .pdf")
+    parser.add_argument("--first-step", action="store_true", help="also time `phisam train` up to its first epoch")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "predict a step's time, memory and traffic on many GPUs, and the best S",
+        """\
+  phisam plan cifar10-frob --gpus 64
+  phisam plan my-run.yaml --gpus 8,64,512 --n 1,3,7 --link ethernet
+  phisam plan my-run.yaml --gpus 64 --seconds-per-evaluation 1.9      a time that you measured
+  phisam plan my-run.yaml --gpus 64 --parameters 1e9 --flops-per-example 1.2e13      in place of the model
+
+S is the number of ranks that share the points of a step. One W and one n: all S; several: the best of each. Nothing is
+started and no data is read. How it is computed, and how far it is from measured steps: docs/plan.md.""",
+    )
+    parser.add_argument("run", metavar="RECIPE_OR_FILE")
+    parser.add_argument("--gpus", type=_counts, required=True, metavar="W[,W]")
+    parser.add_argument("--n", type=_counts, default=[], metavar="n[,n]", help="in place of optimizer.n_samples")
+    parser.add_argument("--link", default="nvlink", metavar="NAME", help="nvlink (default), ethernet, or gloo")
+    parser.add_argument("--tflops", type=_number, metavar="T", help="peak of a GPU in the run's precision")
+    parser.add_argument("--utilisation", type=_number, metavar="U", help="part of it that is reached, e.g. 0.3")
+    parser.add_argument("--gbps", type=_number, metavar="G", help="Gb/s between nodes, of a node's adapters together")
+    parser.add_argument("--gpus-per-node", type=_positive, metavar="N")
+    parser.add_argument("--memory-gb", type=_number, metavar="GB", help="of a GPU")
+    parser.add_argument("--seconds-per-evaluation", type=_number, metavar="S", help="of the global batch on one GPU")
+    parser.add_argument("--parameters", type=_number, metavar="D")
+    parser.add_argument("--flops-per-example", type=_number, metavar="F", help="of a forward and a backward")
+    parser.add_argument("--activations-gb", type=_number, metavar="GB", help="with --parameters: of one example")
+    _add_set(parser)
+
+
 def _add_ui(commands: Any) -> None:
     parser = _command(
         commands,
@@ -153,6 +220,24 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return value
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -230,6 +315,42 @@ def _recipes(arguments: argparse.Namespace) -> int:
     for name in names:
         print(f"{name:{max(map(len, names))}}  {config.load(name).description}")
     print(f"\n{paper.OVERVIEW}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler is used to count, and is not to talk
+    from ray_jobs.bench import command
+
+    return command.run(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ray_jobs.plan_hardware import profile
+
+    hardware = profile(
+        arguments.link,
+        arguments.tflops,
+        arguments.utilisation,
+        arguments.gbps,
+        arguments.gpus_per_node,
+        arguments.memory_gb,
+    )
+    _set_environment(None, False)
+    from ray_jobs.plan_table import plan_text
+
+    text = plan_text(
+        arguments.run,
+        arguments.set,
+        arguments.gpus,
+        arguments.n,
+        hardware,
+        arguments.parameters,
+        arguments.flops_per_example,
+        arguments.activations_gb,
+        arguments.seconds_per_evaluation,
+    )
+    print(text)
     return 0
 
 
