@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -409,6 +410,6 @@ class PhiSAM(Optimizer):
             [names[p] for p in parameters],
             self._wrapping.spans(parameters),
             d,
-            lambda v: self._wrapping.norm(v, self.mesh),
+            partial(self._wrapping.norm, mesh=self.mesh),
             self._wrapping.moved,
         )
