@@ -5,7 +5,7 @@ sharding of the points gives the same step, a resumed run needs no generator sta
 (Draws on CPU and on CUDA come from different generators and differ.)
 
 v is made in blocks of `BLOCK` numbers, each with a key of its own, so that a rank that holds some pieces of the
-parameters (FSDP2) makes those pieces of v and no more.
+parameters (FSDP2) keeps those pieces of v, and makes the blocks that they lie in one at a time.
 """
 
 from __future__ import annotations

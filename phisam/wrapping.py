@@ -153,6 +153,7 @@ class Sharded(Wrapping):
     reduces_every_backward = True
 
     def check(self, parameters: Sequence[nn.Parameter], mesh: SampleMesh, scope: Scope) -> None:
+        """Raises ValueError unless all ranks evaluate the same points on pieces of dimension 0 of all parameters."""
         if mesh.sample_size > 1:
             raise ValueError(
                 "fully_shard spreads every parameter over the ranks, so that all of them must evaluate the same point, "

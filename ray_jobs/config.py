@@ -154,6 +154,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        """(dotted key, what it must be) for what does not fit between sections."""
         if self.data.root is None and self.data.name not in ("digits", "mnist5k"):
             yield (
                 "data.root",

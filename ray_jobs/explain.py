@@ -73,6 +73,7 @@ class _Explainer:
         self._source = source
 
     def problems(self, detail: ErrorDetails) -> Iterator[Problem]:
+        """One of pydantic's findings, at its place in the file and in words."""
         spot = self._find(detail["loc"])
         if detail["type"] == "refusal":
             for key, what in detail["ctx"]["findings"]:

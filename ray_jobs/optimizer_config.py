@@ -232,6 +232,7 @@ class OptimizerConfig(Section):
         return 0.0 if self.measure.name == "sgd" else self.lam * self.rho**2
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        """(key, what it must be) for what measure, noise and numbers do not allow together."""
         measure, noise = self.measure, self.noise
         if isinstance(measure, FrobeniusMeasure) and measure.unbiased and self.n_samples < 2:
             yield (

@@ -202,6 +202,7 @@ class _Cell:
         return f"{PREFIX}{self.data}{'-s' * self.small}-{self.method}{'-authors' * self.authors}"
 
     def text(self) -> str:
+        """The recipe as YAML, with comments that say where each number is from."""
         data_set, method = _DATA_SETS[self.data], _METHODS[self.method]
         settings = (method.authors_settings if self.authors else "") or method.settings
         text = _RECIPE.format(

@@ -198,6 +198,7 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def read(self, node: yaml.Node, path: Path) -> Any:
+        """The value of a node; what it must not be goes to `problems`, with its place."""
         self.places.setdefault(path, self._place(node))
         if len(path) > MAX_DEPTH:
             return self._refuse(node, path[:3], f"nested more than {MAX_DEPTH} levels deep")

@@ -178,6 +178,7 @@ class Naive:
         steps = 0
 
         def step(images: Tensor, labels: Tensor) -> Tensor:
+            """Every point through DDP, its gradient kept until the weights are known."""
             nonlocal steps
             images, labels = images.chunk(world_size)[rank], labels.chunk(world_size)[rank]
             x = [p.detach().clone() for p in parameters]
