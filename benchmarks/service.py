@@ -28,7 +28,7 @@ from torchvision import transforms
 from ray_jobs.bench import first_step
 from ray_jobs.bench.timing import Spread, ratios
 from ray_jobs.bench.workloads import Workload, loss_of
-from ray_jobs.cli import _set_environment
+from ray_jobs.commands.arguments import set_environment
 from ray_jobs.data import Batches, Dataset, Split
 
 Timing = Callable[[], float]
@@ -111,7 +111,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def mlflow_logging() -> None:
     """What a report costs a worker and Ray Train's controller; both, the writer's thread and its store are real."""
-    _set_environment(None, False)  # Ray and MLflow read it when they are imported
+    set_environment(None, False)  # Ray and MLflow read it when they are imported
     import ray
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer

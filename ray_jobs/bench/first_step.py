@@ -16,8 +16,8 @@ RECIPE = "digits-frob"
 # Two workers that do nothing but report once: what Ray itself takes, from the start of Python on, with the settings
 # that `phisam train` gives it. Ray starts as in `train.connected`.
 BARE = """
-from ray_jobs.cli import _set_environment
-_set_environment(None, False)
+from ray_jobs.commands.arguments import set_environment
+set_environment(None, False)
 import os, threading, time, ray, ray.train
 from ray.train.torch import TorchTrainer
 from ray_jobs.loopback import LoopbackTorchConfig

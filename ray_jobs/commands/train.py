@@ -1,0 +1,70 @@
+"""`phisam train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ray_jobs.commands.arguments import add_set, command, own_name, positive, set_environment
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = command(
+        commands,
+        "train",
+        run,
+        "train one run, or several one after the other",
+        """\
+Trains the runs that recipes or YAML files describe, on a Ray of this machine or on a cluster, and ends with one table.
+
+  phisam train mnist5k-frob
+  phisam train mnist5k-sgd mnist5k-frob --num-workers 4
+  phisam train my-run.yaml --set optimizer.rho=0.05 --set training.epochs=5
+  phisam train mnist5k-frob --address 127.0.0.1:6379
+  phisam train --resume 3f2a9c41           goes on from the newest checkpoint, to the same weights, bit for bit
+
+What a step costs: n_samples + 1 gradient evaluations, shared by the workers. What acts: s = lam rho^2.
+Metrics, models and checkpoints lie in $PHISAM_HOME, else ./runs; MLFLOW_TRACKING_URI names another MLflow.""",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RECIPE_OR_FILE", help="`phisam recipes` lists the recipes")
+    add_set(parser)
+    parser.add_argument("--num-workers", type=positive, metavar="N", help="workers, in place of scaling.num_workers")
+    parser.add_argument("--address", metavar="ADDR", help="a Ray cluster (host:port, or auto); default: a local Ray")
+    parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run: its id, or its name if that is unique")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    from ray_jobs import config
+    from ray_jobs.errors import ConfigError
+
+    if bool(arguments.runs) == bool(arguments.resume):
+        raise ConfigError("train: name a recipe or a file, or an unfinished run with --resume RUN_ID")
+    if arguments.resume and (arguments.set or arguments.num_workers):
+        raise ConfigError("train --resume goes on with the run as it was: --set and --num-workers do not go with it")
+    workers = [f"scaling.num_workers={arguments.num_workers}"] if arguments.num_workers else []
+    configs = [config.load(name, [*arguments.set, *workers]) for name in arguments.runs]  # all, before the first starts
+
+    set_environment(arguments.address, arguments.verbose)
+    from rich.console import Console
+
+    from ray_jobs import train
+    from ray_jobs.progress import summary_table
+
+    console = Console()
+    going_on = [train.unfinished(arguments.resume)] if arguments.resume else []
+    most_workers = max(c.scaling.num_workers for c in [*configs, *(unfinished.config for unfinished in going_on)])
+    with train.connected(arguments.address, most_workers, arguments.verbose):
+        summaries = []
+        try:
+            for unfinished in going_on:
+                summaries.append(train.resume(unfinished, console))  # noqa: PERF401  (what is done must stay)
+            for described in configs:
+                summaries.append(train.train(described, console))  # noqa: PERF401  (what is done must stay)
+        finally:  # a run that fails takes nothing from those before it
+            if summaries:
+                console.print(summary_table(summaries))
+                console.print(f"\nCurves, models and comparison: {own_name()} ui", highlight=False)
+    return 0
