@@ -116,7 +116,7 @@ def mlflow_logging() -> None:
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
-    from ray_jobs import callback, config, train
+    from ray_jobs import callback, cluster, config
     from ray_jobs.loopback import LoopbackTorchConfig
     from ray_jobs.progress import Board
     from ray_jobs.tracking import Tracker
@@ -147,7 +147,7 @@ def mlflow_logging() -> None:
         TorchTrainer(lambda: loop(path), torch_config=LoopbackTorchConfig(), run_config=run).fit()
         return [float(line) for line in path.read_text().split()]
 
-    with tempfile.TemporaryDirectory() as home, train.connected(None, 2, False):
+    with tempfile.TemporaryDirectory() as home, cluster.connected(None, 2, False):
         calls, uri = Path(home, "calls"), f"sqlite:///{home}/mlflow.db"
         tracker = Tracker.start(uri, Path(home), config.load("digits-frob"), {})
         board = ray.remote(num_cpus=0)(Board).remote()

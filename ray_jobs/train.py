@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from rich.console import Console
 import phisam
 from ray_jobs import checkpoint
 from ray_jobs.callback import EpochCallback
+from ray_jobs.cluster import checked_resources, only_loopback
 from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
 from ray_jobs.errors import ConfigError, RunError, first_line
@@ -51,7 +51,7 @@ def train(config: RunConfig, console: Console) -> Summary:
         RunError: the run failed.
     """
     dataset = _checked(config)
-    use_gpu = _checked_resources(config)
+    use_gpu = checked_resources(config)
     runs = runs_folder()
     storage = config.checkpoint.storage or runs
     for folder in (runs, storage):
@@ -103,7 +103,7 @@ def resume(run: Unfinished, console: Console) -> Summary:
     """
     config = run.config
     dataset = _checked(config)
-    use_gpu = _checked_resources(config)
+    use_gpu = checked_resources(config)
     if run.fingerprint != dataset.fingerprint:
         raise RunError(
             f"run {run.run_id} began on data with fingerprint {run.fingerprint}, but {config.data.name} is "
@@ -125,7 +125,7 @@ def _fit(
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump(mode="json"), "board": board},
-            torch_config=LoopbackTorchConfig() if _only_loopback() else None,
+            torch_config=LoopbackTorchConfig() if only_loopback() else None,
             scaling_config=ScalingConfig(
                 num_workers=config.scaling.num_workers,
                 use_gpu=use_gpu,
@@ -190,33 +190,6 @@ def _checked(config: RunConfig) -> Dataset:
     sample_size = phisam.sample_size(workers, optimizer.n_samples, optimizer.sample_parallel, measure)
     check_batch_size(training.batch_size, len(dataset.train), workers // sample_size, training.micro_batches)
     return dataset
-
-
-def _checked_resources(config: RunConfig) -> bool:
-    """Whether workers use GPUs.
-
-    Raises:
-        ConfigError: the cluster cannot hold the workers; Ray would wait for ever.
-    """
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
-    use_gpu = gpus > 0 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
-    if use_gpu and gpus < workers:  # with auto too: a run meant for GPUs must not train on CPUs unasked
-        raise ConfigError(
-            f"scaling.num_workers = {workers} on GPUs needs {workers} of them, but the cluster has {gpus:g}; lower "
-            "num_workers, or set scaling.use_gpu: false"
-        )
-    if cpus < workers * config.scaling.cpus_per_worker:
-        raise ConfigError(
-            f"scaling.num_workers = {workers} with cpus_per_worker = {config.scaling.cpus_per_worker:g} needs "
-            f"{workers * config.scaling.cpus_per_worker:g} CPUs, but the cluster has {cpus:g}; lower one of them"
-        )
-    return bool(use_gpu)
-
-
-def _only_loopback() -> bool:
-    """Whether all of this Ray lives on 127.0.0.1."""
-    return all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def _log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: dict[str, Any]) -> None:
@@ -293,25 +266,3 @@ def _true_status(tracker: Tracker, folder: Path) -> Iterator[None]:
         tracker.finish("FINISHED")
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextlib.contextmanager
-def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[None]:
-    """Ray for the runs inside: a cluster at an address, else a local one that listens on 127.0.0.1 alone.
-
-    Raises:
-        RunError: there is no cluster at the address.
-    """
-    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address is not None:
-            ray.init(address=address, **quiet)
-        else:
-            cpus = max(os.cpu_count() or 1, num_workers)  # workers on one machine may share a core
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()

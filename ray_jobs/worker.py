@@ -104,6 +104,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             "sharpness": sharpness,
             **_settings(optimizer),
             **_cost(optimizer, training.batch_size, batches.steps_per_epoch, epoch, seconds),
+            "seconds": (history[-1]["seconds"] if history else 0.0) + seconds,  # of training alone, since the run began
             "timestamp_ms": round(time.time() * 1000),
         }
         history.append(metrics)

@@ -14,7 +14,7 @@ from ray_jobs.errors import RunError
 RECIPE = "digits-frob"
 
 # Two workers that do nothing but report once: what Ray itself takes, from the start of Python on, with the settings
-# that `phisam train` gives it. Ray starts as in `train.connected`.
+# that `phisam train` gives it. Ray starts as in `cluster.connected`.
 BARE = """
 from ray_jobs.commands.arguments import set_environment
 set_environment(None, False)

@@ -50,13 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     set_environment(arguments.address, arguments.verbose)
     from rich.console import Console
 
-    from ray_jobs import train
+    from ray_jobs import cluster, train
     from ray_jobs.progress import summary_table
 
     console = Console()
     going_on = [train.unfinished(arguments.resume)] if arguments.resume else []
     most_workers = max(c.scaling.num_workers for c in [*configs, *(unfinished.config for unfinished in going_on)])
-    with train.connected(arguments.address, most_workers, arguments.verbose):
+    with cluster.connected(arguments.address, most_workers, arguments.verbose):
         summaries = []
         try:
             for unfinished in going_on:

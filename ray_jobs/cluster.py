@@ -1,0 +1,62 @@
+"""The Ray that runs run on: started or joined, and asked what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from ray_jobs.config import RunConfig
+from ray_jobs.errors import ConfigError, RunError, first_line
+
+
+@contextlib.contextmanager
+def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[None]:
+    """Ray for the runs inside: a cluster at an address, else a local one that listens on 127.0.0.1 alone.
+
+    Raises:
+        RunError: there is no cluster at the address.
+    """
+    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
+            cpus = max(os.cpu_count() or 1, num_workers)  # workers on one machine may share a core
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def checked_resources(config: RunConfig) -> bool:
+    """Whether workers use GPUs.
+
+    Raises:
+        ConfigError: the cluster cannot hold the workers; Ray would wait for ever.
+    """
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
+    use_gpu = gpus > 0 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
+    if use_gpu and gpus < workers:  # with auto too: a run meant for GPUs must not train on CPUs unasked
+        raise ConfigError(
+            f"scaling.num_workers = {workers} on GPUs needs {workers} of them, but the cluster has {gpus:g}; lower "
+            "num_workers, or set scaling.use_gpu: false"
+        )
+    if cpus < workers * config.scaling.cpus_per_worker:
+        raise ConfigError(
+            f"scaling.num_workers = {workers} with cpus_per_worker = {config.scaling.cpus_per_worker:g} needs "
+            f"{workers * config.scaling.cpus_per_worker:g} CPUs, but the cluster has {cpus:g}; lower one of them"
+        )
+    return bool(use_gpu)
+
+
+def only_loopback() -> bool:
+    """Whether all of this Ray lives on 127.0.0.1."""
+    return all(node["NodeManagerAddress"] == "127.0.0.1" for node in ray.nodes())  # type: ignore[no-untyped-call]
