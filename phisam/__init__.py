@@ -7,7 +7,7 @@
 Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `sharding.py` and `optimizer.py`.
 """
 
-from phisam import schedules
+from phisam import schedules, sharpness
 from phisam.catalogue import (
     asam,
     determinant,
@@ -23,7 +23,8 @@ from phisam.catalogue import (
 from phisam.closures import Part
 from phisam.measures import Measure
 from phisam.noise import Noise, dirac, fisher_mask, gaussian, gradient_direction, hypercube, rademacher, sphere
-from phisam.optimizer import PhiSAM, StepRecord
+from phisam.optimizer import PhiSAM
+from phisam.record import StepRecord
 from phisam.sharding import SampleMesh, sample_mesh, sample_size
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "sample_size",
     "schedules",
     "sgd",
+    "sharpness",
     "sphere",
     "ssam",
     "trace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,15 +37,19 @@ class BaseStep:
         """What every loss of the step is multiplied by before its backward."""
         return None if self._scaler is None else self._scaler.scale(torch.ones((), device=device))
 
-    def finish_gradient(self, parameters: Sequence[nn.Parameter], mesh: SampleMesh) -> Tensor:
-        """g, unscaled and clipped. Returns whether all of it is finite: a flag, the same on all ranks."""
+    def finish_gradient(self, parameters: Sequence[nn.Parameter], losses: Tensor, mesh: SampleMesh) -> Tensor:
+        """g, unscaled and clipped. Returns whether all of it and all losses are finite: a flag, the same on all ranks.
+
+        losses: every rank's, float64, of any shape.
+        """
         gradients = [g for g in self._wrapping.held_gradients(parameters) if g is not None]
         if not gradients:
             raise ValueError("the loss depends on no parameter of the base optimizer")
         if self._scaler is not None:
             self._scaler.unscale_(self._base)
         # One fused pass; a square that overflows counts as inf, as it would in Adam's second moment.
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        norms = torch.stack(torch._foreach_norm(gradients))
+        finite = torch.linalg.vector_norm(torch.cat([norms, losses.flatten()]), math.inf) < math.inf  # NaN is not
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         return self._wrapping.everywhere(finite, mesh)

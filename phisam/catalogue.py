@@ -14,7 +14,16 @@ from phisam.measures import Measure, Phi, delta_of, derivative
 from phisam.noise import Noise, Scaled
 
 
-class _Linear(Measure):
+class _OneComponent(Measure):
+    """psi: R -> R, so that there is one mu."""
+
+    def n_points(self, n_samples: int) -> int:
+        if len(self.noises) > 1:
+            raise ValueError(f"{self.name}: {len(self.noises)} noises, but psi has one component: give one noise")
+        return super().n_points(n_samples)
+
+
+class _Linear(_OneComponent):
     """phi(t) = psi(t) = t: w_i = lam / n and w_0 = 1 - lam, whatever the losses are."""
 
     def __init__(self, noise: Noise, name: str) -> None:
@@ -22,12 +31,18 @@ class _Linear(Measure):
             lambda t: t, lambda t: t, noise, name=name, elementwise=True, slope=lambda t: (torch.ones_like(t),)
         )
 
-    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
-        if len(self.noises) > 1:
-            return super().weigh(losses, rho, lam)
+    def weights(self, losses: Tensor, rho: float, lam: float) -> Tensor:
+        """w_0 = 1 - lam, w_i = lam / n."""
         w = torch.full_like(losses, lam / (len(losses) - 1))
         w[0] = 1 - lam
-        return w, delta_of(losses.detach().double(), rho).mean().to(losses.dtype)
+        return w
+
+    def weight_at_x(self, lam: float) -> float:
+        return 1 - lam
+
+    def factors(self, losses: Tensor, rho: float, lam: float, log_scale: Tensor | None) -> Tensor:
+        """lam / n."""
+        return losses.new_full((1,), lam / (len(losses) - 1))
 
 
 class _Frobenius(Measure):
@@ -68,17 +83,25 @@ class _Frobenius(Measure):
         # 2 (mean delta^2 - (mean delta)^2) without its cancellation.
         return 2 * delta.var(correction=int(self.unbiased))
 
-    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
+    def weights(self, losses: Tensor, rho: float, lam: float) -> Tensor:
         """w_0 = 1, w_i = 4 lam (delta_i - mean delta) / (n - 1): Algorithm 3; n in place of n - 1: equation (105)."""
         if len(self.noises) > 1:
-            return super().weigh(losses, rho, lam)
+            return super().weights(losses, rho, lam)
         delta = delta_of(losses.detach().double(), rho)
-        centred = delta - delta.mean()
-        w = 4 * lam / (len(delta) - int(self.unbiased)) * centred
-        return torch.cat([torch.ones_like(w[:1]), w]).to(losses.dtype), self._value(delta).to(losses.dtype)
+        w = 4 * lam / (len(delta) - int(self.unbiased)) * (delta - delta.mean())
+        return torch.cat([torch.ones_like(w[:1]), w]).to(losses.dtype)
+
+    def factors(self, losses: Tensor, rho: float, lam: float, log_scale: Tensor | None) -> Tensor:
+        """lam / n c (-4 mean delta, 2), c = n / (n - 1); equation (105): c = 1."""
+        if len(self.noises) > 1:
+            return super().factors(losses, rho, lam, log_scale)
+        mean = delta_of(losses.detach().double(), rho).mean()
+        n = len(losses) - 1
+        c = n / (n - 1) if self.unbiased else 1.0
+        return lam / n * torch.stack([-4 * c * mean, torch.full_like(mean, 2 * c)])
 
 
-class _Exponential(Measure):
+class _Exponential(_OneComponent):
     """psi(t) = exp(sigma t), with phi given on u = log t, so that nothing overflows.
 
     With u = log mean_i exp(sigma delta_i):  w_i = lam sigma d phi/du softmax(sigma delta)_i.
@@ -94,11 +117,6 @@ class _Exponential(Measure):
         )
         self.sigma = sigma
         self.phi_of_log = phi_of_log
-
-    def n_points(self, n_samples: int) -> int:
-        if len(self.noises) > 1:
-            raise ValueError(f"{self.name}: {len(self.noises)} noises, but psi has one component: give one noise")
-        return super().n_points(n_samples)
 
     def slopes(self, delta: Tensor, point: int) -> tuple[Tensor, Tensor | None]:
         delta = delta.detach().double()
@@ -121,7 +139,7 @@ class _Ascent(_Linear):
     """mu is a Dirac at a function of grad L: more draws would be the same point again."""
 
     def n_points(self, n_samples: int) -> int:
-        return 1 if all(noise.of_gradient for noise in self.noises) else super().n_points(n_samples)
+        return super().n_points(1 if self.needs_gradient else n_samples)
 
 
 class _Unperturbed(Measure):
@@ -136,8 +154,11 @@ class _Unperturbed(Measure):
     def n_points(self, n_samples: int) -> int:
         return 0
 
-    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(losses), losses.new_zeros(())
+    def weights(self, losses: Tensor, rho: float, lam: float) -> Tensor:
+        return torch.ones_like(losses)
+
+    def value(self, losses: Tensor, rho: float) -> Tensor:
+        return losses.new_zeros(())
 
 
 def trace() -> Measure:

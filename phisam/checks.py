@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 
 from phisam.measures import Measure
 from phisam.sharding import SampleMesh
+
+T = TypeVar("T")
 
 
 def check_rho(rho: float) -> None:
@@ -43,33 +46,71 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_settings(
-    base_optimizer: Optimizer,
-    measure: Measure,
-    n_samples: int,
-    scope: str,
-    max_grad_norm: float | None,
-    every: int,
-    perturb_fraction: float,
-) -> None:
-    """Raises ValueError for what is wrong whatever the model is."""
+class Checked(Generic[T]):
+    """An attribute that is checked whenever it is assigned.
+
+    Args:
+        check: raises ValueError for a value that is not allowed.
+    """
+
+    def __init__(self, check: Callable[[T], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, owner: Any, kind: type) -> T:
+        value: T = owner.__dict__[self._name]
+        return value
+
+    def __set__(self, owner: Any, value: T) -> None:
+        self._check(value)
+        owner.__dict__[self._name] = value
+
+
+def check_measure(measure: Measure, n_samples: int, rho: float) -> None:
+    """Raises ValueError unless it is a measure, and whatever its phi or psi raises if they do not work.
+
+    That is said here, not in a step where other ranks would wait for ever.
+    """
     if not isinstance(measure, Measure):
         raise ValueError(f"measure must be a phisam.Measure, such as phisam.frobenius(), got {measure!r}")
+    measure.weights(torch.zeros(measure.n_points(n_samples) + 1), rho, 1.0)
+
+
+def check_n_samples(n_samples: int) -> None:
+    """Raises ValueError unless it is a number of draws; whether the measure can do with so few is its own matter."""
     if not _is_count(n_samples):
         raise ValueError(f"n_samples must be an integer, got {n_samples!r}")
-    if isinstance(base_optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
-        raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError unless it is a scope."""
     if scope not in ("global", "shard"):
         raise ValueError(f'scope must be "global" or "shard", got {scope!r}')
+
+
+def check_every(every: int) -> None:
+    """Raises ValueError unless every k-th step can have the sharpness term."""
     if not _is_count(every) or every < 1:
         raise ValueError(f"every must be an integer >= 1, got {every!r}; 1 has the sharpness term in every step")
+
+
+def check_perturb_fraction(perturb_fraction: float) -> None:
+    """Raises ValueError unless it is a part of the batch."""
     if not (_is_number(perturb_fraction) and 0 < perturb_fraction <= 1):
         raise ValueError(
             f"perturb_fraction must be in (0, 1], got {perturb_fraction!r}: it is the part of the batch that the "
             "measure sees; 1 is all of it"
         )
+
+
+def check_base(base_optimizer: Optimizer, max_grad_norm: float | None) -> None:
+    """Raises ValueError unless the base optimizer takes a gradient, which may be clipped to max_grad_norm."""
+    if isinstance(base_optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss by itself and cannot be a base optimizer")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}")
 
 
 def trained_parameters(of_model: Sequence[nn.Parameter], base_optimizer: Optimizer) -> list[nn.Parameter]:

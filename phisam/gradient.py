@@ -51,19 +51,20 @@ class Perturbation:
         self._holds_copy = False
 
     @torch.no_grad()
-    def draw(self, draw: Draw, seed: int, step: int, gradient: Tensor | None, mask: Tensor | None) -> None:
+    def draw(self, draw: Draw, seed: int, step: int, gradient: Gradients | None, mask: Tensor | None) -> None:
         """v <- sign mask T u: u the draw of (seed, step, point), or grad L, T grad L with `adaptive`, over its norm.
 
         Args:
-            gradient: grad L, flat, for a noise that is made of it.
+            gradient: grad L, for a noise that is made of it.
             mask: flat and of what this rank holds, or None.
         """
         self._save()
         noise = draw.noise
-        scaled = [i for i, name in enumerate(self._names) if noise.scaling and noise.scaling.acts_on(name)]
+        scaled = [] if noise.scaling is None else [i for i, n in enumerate(self._names) if noise.scaling.acts_on(n)]
         if noise.of_gradient:
             assert gradient is not None
-            self._v.copy_(gradient)
+            parts = zip(self._v_parts, gradient, strict=True)
+            torch._foreach_copy_(self._v_parts, [torch.zeros_like(v) if g is None else g for v, g in parts])
             self._scale(scaled, noise.scaling)
         else:
             noise.start_(self._v, self._spans, self._d, self._generator, seed, step, draw.point)

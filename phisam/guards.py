@@ -42,13 +42,13 @@ class Buffers:
         self._after_point_0 = [None if value is None else value.clone() for value in after]
 
     @torch.no_grad()
-    def settle(self, taken: Tensor) -> None:
+    def settle(self, taken: Tensor | None) -> None:
         """Ends a step: the values after point 0 if this rank evaluated it and the step was taken, else those before.
 
-        taken: bool scalar tensor on the model's device; it is not read by the host.
+        taken: bool scalar tensor on the model's device; it is not read by the host. None: the step was broken off.
         """
         self.rewind()
-        if self._after_point_0 is not None:
+        if self._after_point_0 is not None and taken is not None:
             for (module, name, buffer, before), after in zip(self._owners, self._after_point_0, strict=True):
                 if buffer is None or before is None or after is None or after.shape != before.shape:
                     module._buffers[name] = after  # made, dropped or resized in the forward: no value to go back to
@@ -89,26 +89,27 @@ class Monitor:
 
     def __init__(self, device: torch.device, overflow_expected: bool) -> None:
         self._overflow_expected = overflow_expected
-        self._numbers = torch.zeros(2, dtype=torch.float64, device=device)  # skipped steps, w_0 of the last step
-        self._on_host = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self._on_host = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")  # skipped steps, w_0
         self._arrived = torch.Event(device) if device.type == "cuda" else None
+        self._every = 1
         self._said: set[str] = set()
 
     @property
     def skipped_steps(self) -> int:
         """Waits for the device."""
-        return int(self._numbers[0])
+        return int(self._skipped)
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self._numbers[0] = count
+        self._skipped.fill_(count)
 
-    def record(self, taken: Tensor, weight_0: Tensor) -> None:
-        """After a step; both scalar tensors on the device."""
+    def record(self, taken: Tensor, weight_0: Tensor, every: int) -> None:
+        """After a step, one of `every` that has the sharpness term; scalar tensors on the device, w_0 in float64."""
         self._report()
-        self._numbers[0] += ~taken
-        self._numbers[1] = weight_0
-        self._on_host.copy_(self._numbers, non_blocking=True)
+        self._every = every
+        self._skipped += ~taken
+        self._on_host.copy_(torch.stack([self._skipped, weight_0]), non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
         else:
@@ -118,6 +119,7 @@ class Monitor:
         if self._arrived is not None and not self._arrived.query():
             return
         skipped, weight_0 = self._on_host.tolist()
+        weight_0 = (self._every - 1 + weight_0) / self._every  # mean over the steps: the others have 1
         if skipped > 0:
             self._say_once(
                 "skipped",

@@ -123,22 +123,20 @@ class Measure:
 
         losses[0] is L(x), losses[e] is L(x + rho v_e). Equations: Algorithms 1 to 3 and section 3 of the docs.
         """
-        return self.weigh(losses, rho, lam)[0]
+        if lam == 0:  # also where R_rho overflows
+            return (torch.arange(len(losses), device=losses.device) == 0).to(losses.dtype)
+        with torch.enable_grad():
+            L = losses.detach().double().requires_grad_()
+            (w,) = torch.autograd.grad(L[0] + lam * rho**2 * self._value(delta_of(L, rho)), L)
+        return w.to(losses.dtype)
+
+    def weight_at_x(self, lam: float) -> float | None:
+        """w_0 where it is the same whatever the losses are, so that it is known before them; else None."""
+        return None
 
     def value(self, losses: Tensor, rho: float) -> Tensor:
         """R_rho of Definition 8, a scalar tensor in the dtype of `losses` (n + 1,)."""
-        return self.weigh(losses, rho, 0.0)[1]
-
-    def weigh(self, losses: Tensor, rho: float, lam: float) -> tuple[Tensor, Tensor]:
-        """`weights` and `value` of the same losses."""
-        with torch.enable_grad():
-            L = losses.detach().double().requires_grad_(lam != 0)
-            R = self._value(delta_of(L, rho))
-            if lam == 0:  # also where R_rho overflows
-                w = (torch.arange(len(losses), device=losses.device) == 0).double()
-            else:
-                (w,) = torch.autograd.grad(L[0] + lam * rho**2 * R, L)
-        return w.to(losses.dtype), R.detach().to(losses.dtype)
+        return self._value(delta_of(losses.detach().double(), rho)).to(losses.dtype)
 
     def slopes(self, delta: Tensor, point: int) -> tuple[Tensor, Tensor | None]:
         """psi'_l(delta_e), l < m, for one perturbed point: (mantissas (m,), log_scale or None for 0)."""

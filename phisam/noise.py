@@ -283,8 +283,8 @@ def fisher_mask(sparsity: float = 0.5, fisher_samples: int = 16, refresh_every: 
         F_jj = mean_k (d/dx_j L_k(x))^2,    L_k the loss of a single example, with its label (the empirical Fisher)
 
     of the first `fisher_samples` examples of the batch (counted round and round if it is smaller), the network in
-    evaluation mode. Made in step 0, every `refresh_every` steps (391 are an epoch of CIFAR-10 in batches of 128), and
-    when other parameters are trained than before. The closure must take `part`.
+    evaluation mode. Made in step 0, every `refresh_every` steps (391 are an epoch of CIFAR-10 in batches of 128; with
+    `every` > 1 all steps count), and when other parameters are trained than before. The closure must take `part`.
 
     Raises:
         ValueError: sparsity is not in [0, 1), or a count is not an integer >= 1.

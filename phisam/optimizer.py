@@ -11,7 +11,6 @@ overlaps it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,43 +19,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from phisam import checks
 from phisam.agreement import check_batches_agree, check_settings_agree
 from phisam.base import BaseStep
 from phisam.catalogue import sgd
-from phisam.checks import (
-    check_lam,
-    check_mesh,
-    check_rho,
-    check_rho_scale,
-    check_settings,
-    check_tensors,
-    trained_parameters,
-)
 from phisam.closures import Closure, first, taking_parts
 from phisam.evaluation import Evaluation, Evaluator, plan
-from phisam.gradient import Perturbation, Rows, add_scaled_, flatten
+from phisam.gradient import Gradients, Perturbation, Rows, add_scaled_, flatten
 from phisam.guards import Buffers, Monitor, same_randomness
+from phisam.layout import Layout
 from phisam.masks import Masks
 from phisam.measures import Measure
 from phisam.noise import Noise, key
+from phisam.record import StepRecord
 from phisam.schedules import Schedule, Scheduled
 from phisam.sharding import Deal, LossExchange, SampleMesh, Scope
 from phisam.wrapping import wrapping_of
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """The n + 1 numbers that a step came down to: detached float64 tensors on the model's device.
-
-    losses (n + 1,): L_0, L_1, ..., L_n, of the part of the batch that the measure saw.  weights (n + 1,): dF/dL, they
-    sum to 1.  delta (n,): (L_i - L_0) / rho^2.  sharpness (): R_rho of Definition 8, of these samples.
-    With every = k, the steps without the sharpness term have n = 0.
-    """
-
-    losses: Tensor
-    weights: Tensor
-    delta: Tensor
-    sharpness: Tensor
 
 
 class PhiSAM(Optimizer):
@@ -96,8 +74,11 @@ class PhiSAM(Optimizer):
         ValueError: a setting is out of range, or model, optimizer and mesh do not belong together.
     """
 
-    rho = Scheduled(check_rho)
-    lam = Scheduled(check_lam)
+    rho = Scheduled(checks.check_rho)
+    lam = Scheduled(checks.check_lam)
+    n_samples = checks.Checked(checks.check_n_samples)
+    every = checks.Checked(checks.check_every)
+    perturb_fraction = checks.Checked(checks.check_perturb_fraction)
 
     def __init__(
         self,
@@ -116,36 +97,54 @@ class PhiSAM(Optimizer):
         perturb_fraction: float = 1.0,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        check_settings(base_optimizer, measure, n_samples, scope, max_grad_norm, every, perturb_fraction)
+        checks.check_base(base_optimizer, max_grad_norm)
         self.model = model
         self.base_optimizer = base_optimizer
-        self.measure = measure if noise is None else measure.with_noise(noise)
-        self.n_samples = n_samples
-        self.seed = seed
         self.mesh = mesh if mesh is not None else SampleMesh()
-        self.scope: Scope = scope
-        self.every = every
-        self.perturb_fraction = perturb_fraction
+        self._wrapping = wrapping_of(model)
+        self._layout = Layout(model, base_optimizer, self._wrapping)
+        self._base_step = BaseStep(base_optimizer, self._wrapping, grad_scaler, max_grad_norm)
         self._step = 0
+        self.seed = seed
         self.rho = rho
         self.lam = lam
-        # A phi or psi that does not work is said now, not in a step where other ranks would wait for ever.
-        self.measure.weights(torch.zeros(self.measure.n_points(n_samples) + 1), self.rho, 1.0)
-        self._masks = Masks(self.measure.noises)
-        self._wrapping = wrapping_of(model)
-        self._base_step = BaseStep(base_optimizer, self._wrapping, grad_scaler, max_grad_norm)
-        check_mesh(model, self.mesh)
-        self._parameters: list[nn.Parameter] = []
-        self._rho_scales: dict[nn.Parameter, float] = {}
-        self._layout: list[tuple[Any, ...]] = []
+        self.n_samples = n_samples
+        self.every = every
+        self.perturb_fraction = perturb_fraction
+        self.scope = scope
+        self.measure = measure if noise is None or not isinstance(measure, Measure) else measure.with_noise(noise)
+        checks.check_mesh(model, self.mesh)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self._wrapping.check(trained_parameters(list(model.parameters()), base_optimizer), self.mesh, self.scope)
+        trained = checks.trained_parameters(list(model.parameters()), base_optimizer)
+        self._wrapping.check(trained, self.mesh, self.scope)
         self._lay_out()
-        self._monitor = Monitor(self._parameters[0].device, overflow_expected=grad_scaler is not None)
+        self._monitor = Monitor(self._layout.parameters[0].device, overflow_expected=grad_scaler is not None)
         self._last_step: StepRecord | None = None
         self._agreed = self.mesh.world_size == 1
         if not isinstance(model, DistributedDataParallel) and not self._wrapping.reduces_every_backward:
             self.mesh.broadcast([*(p.data for p in model.parameters()), *model.buffers()])
+
+    @property
+    def measure(self) -> Measure:
+        """(phi, psi, mu). May be assigned between steps, on all ranks; its Fisher masks are then made anew."""
+        return self._measure
+
+    @measure.setter
+    def measure(self, measure: Measure) -> None:
+        checks.check_measure(measure, self.n_samples, self.rho)
+        self._measure, self._masks = measure, Masks(measure.noises)
+        self._layout.forget()  # given masks must fit x, wherever it lies
+
+    @property
+    def scope(self) -> Scope:
+        """Whose losses L_e is the mean of."""
+        return self._scope
+
+    @scope.setter
+    def scope(self, scope: Scope) -> None:
+        checks.check_scope(scope)
+        self._scope: Scope = scope
+        self._layout.forget()  # FSDP2 knows "global" alone
 
     @property
     def last_step(self) -> StepRecord:
@@ -195,19 +194,20 @@ class PhiSAM(Optimizer):
         """
         closures = taking_parts(closure, self._why_parts())
         self._lay_out()
-        for p in self._of_model:  # also those that are not trained: the last backward would add to theirs
+        parameters = self._layout.parameters
+        for p in self._layout.of_model:  # also those that are not trained: the last backward would add to theirs
             p.grad = None
-        device = self._parameters[0].device
+        device = parameters[0].device
         if self._masks.due(self._step):
             self.sync_buffers()  # ranks that were not at x have old ones, which a network in evaluation mode reads
         buffers = Buffers(self.model)
-        taken = torch.zeros((), dtype=torch.bool, device=device)
+        taken = None
         try:
             with same_randomness(device) as restart:
                 dropout_key = key(self.seed, self._step, -1 - self.mesh.data_rank)  # negative: never that of a point
                 evaluator = Evaluator(
                     self._wrapping,
-                    self._parameters,
+                    parameters,
                     self._perturbation,
                     closures,
                     buffers,
@@ -217,28 +217,28 @@ class PhiSAM(Optimizer):
                 if not self._agreed:
                     self._check_agreement(evaluator)
                 self._masks.refresh(self._step, evaluator, self.mesh)
-                record, loss, finite = self._accumulate_gradient(evaluator)
-            taken = finite & self._base_step.finish_gradient(self._parameters, self.mesh)
+                record, loss, losses = self._accumulate_gradient(evaluator)
+            taken = self._base_step.finish_gradient(parameters, losses, self.mesh)
         finally:
             self._perturbation.release()
             buffers.settle(taken)
-        self._base_step.take(taken, self._parameters)
+        self._base_step.take(taken, parameters)
         self._step += 1
-        self._monitor.record(taken, (self.every - 1 + record.weights[0]) / self.every)
+        self._monitor.record(taken, record.weights[0], self.every)
         self._last_step = record
-        return loss.to(self._parameters[0].dtype)
+        return loss.to(parameters[0].dtype)
 
     def _accumulate_gradient(self, evaluator: Evaluator) -> tuple[StepRecord, Tensor, Tensor]:
-        """.grad <- g = sum_e w_e grad L_e, reduced over all ranks. Returns the record, L_0, all losses finite."""
-        mesh, rho = self.mesh, self.rho
+        """.grad <- g = sum_e w_e grad L_e, reduced over all ranks. Returns the record, L_0, the losses of all ranks."""
+        mesh, rho, parameters, rho_scales = self.mesh, self.rho, self._layout.parameters, self._layout.rho_scales
         measure, lam = (self.measure, self.every * self.lam) if self._step % self.every == 0 else (sgd(), 0.0)
         evaluations, seen, whole = plan(measure, self.n_samples, self.perturb_fraction, mesh.sample_size)
         split = seen != whole
+        at_x_counts = split or measure.weight_at_x(lam) != 0  # SAM with lam = 1 needs grad L_0 for its direction alone
         deal = Deal(len(evaluations), mesh.sample_size, measure.needs_gradient)
         exchange = LossExchange(mesh, deal, self.scope)
-        rho_scales = [self._rho_scales[p] for p in self._parameters]
-        rows = Rows(len(self._parameters))
-        direction: Tensor | None = None
+        rows = Rows(len(parameters))
+        direction: Gradients | None = None
         for round in range(deal.rounds - 1):
             index = deal.evaluation(round, mesh.sample_rank)
             assert index is not None
@@ -250,7 +250,7 @@ class PhiSAM(Optimizer):
             if evaluation.draw is not None:
                 delta = (L_e - exchange.first_losses[seen]) / rho**2
                 rows.add(gradient, *measure.slopes(delta, evaluation.point))
-            elif not deal.everywhere(round) or mesh.sample_rank == 0:
+            elif not deal.everywhere(round) or (mesh.sample_rank == 0 and at_x_counts):
                 rows.add_unperturbed(index, gradient)
             if index == 0 and measure.needs_gradient:
                 direction = self._direction(gradient)
@@ -265,8 +265,7 @@ class PhiSAM(Optimizer):
         exchange.report(round, evaluated.loss)
         all_losses = exchange.losses
         losses = torch.cat([all_losses[seen : seen + 1], all_losses[2:]]) if split else all_losses
-        weights, sharpness = measure.weigh(losses, rho, lam)
-        by_evaluation = weights
+        weights = by_evaluation = measure.weights(losses, rho, lam)
         if split:
             at_x = torch.stack([weights[0] - 1, torch.ones_like(weights[0])])
             by_evaluation = torch.cat([at_x if seen == 0 else at_x.flip(0), weights[1:]])
@@ -276,15 +275,13 @@ class PhiSAM(Optimizer):
         weight = mesh.sample_size * (torch.zeros_like(weights[0]) if index is None else by_evaluation[index])
         if evaluated.partial is not None:
             add_scaled_(gradients, evaluated.partial, weight)
-        self._wrapping.start_gradients(self._parameters, gradients)
-        with torch.enable_grad():
-            (evaluated.graph * weight.to(evaluated.graph.dtype)).backward()  # type: ignore[no-untyped-call]
+        self._wrapping.start_gradients(parameters, gradients)
+        evaluated.graph.backward(weight.to(evaluated.graph.dtype))  # type: ignore[no-untyped-call]
         if not self._wrapping.reduces_in_backward:
-            mesh.reduce_gradients(self._parameters)
-        for p in self._others:  # theirs is a piece of the last point's gradient: no use to another optimizer
+            mesh.reduce_gradients(parameters)
+        for p in self._layout.others:  # theirs is a piece of the last point's gradient: no use to another optimizer
             p.grad = None
-        record = StepRecord(losses, weights, (losses[1:] - losses[0]) / rho**2, sharpness)
-        return record, all_losses[whole], exchange.finite
+        return StepRecord(losses, weights, rho, measure), all_losses[whole], exchange.everyones
 
     def _check_agreement(self, evaluator: Evaluator) -> None:
         """Once: the ranks have the same settings, and sample ranks the same batch."""
@@ -297,23 +294,24 @@ class PhiSAM(Optimizer):
             "rho": self.rho,
             "lam": self.lam,
         }
-        check_settings_agree(self.mesh, settings, self._parameters[0].device)
+        check_settings_agree(self.mesh, settings, self._layout.parameters[0].device)
         if self.mesh.sample_size > 1:
             at_x = evaluator.evaluate(Evaluation(0, first(self.perturb_fraction)), self.rho, (), last=False)
             check_batches_agree(self.mesh, at_x.loss)
         self._agreed = True
 
-    def _draw(self, evaluation: Evaluation, direction: Tensor | None) -> None:
+    def _draw(self, evaluation: Evaluation, direction: Gradients | None) -> None:
         if evaluation.draw is not None:
             mask = self._masks.of(evaluation.draw.noise)
             self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, mask)
 
-    def _direction(self, gradient: Sequence[Tensor | None]) -> Tensor:
-        """grad L(x) of the scope, flat."""
-        flat = flatten(gradient, self._wrapping.held(self._parameters))
+    def _direction(self, gradient: Gradients) -> Gradients:
+        """grad L(x) of the scope."""
         if self.scope == "shard" or self.mesh.data_size == 1 or self._wrapping.reduces_every_backward:
-            return flat
-        return self.mesh.sum(flat) / self.mesh.world_size
+            return gradient
+        held = self._wrapping.held(self._layout.parameters)
+        mean = self.mesh.sum(flatten(gradient, held)) / self.mesh.world_size
+        return [part.view(x.shape) for part, x in zip(torch.split(mean, [x.numel() for x in held]), held, strict=True)]
 
     def _why_parts(self) -> str | None:
         """What needs closures that take a part of the batch."""
@@ -360,7 +358,7 @@ class PhiSAM(Optimizer):
             )
         own = state_dict["phisam"]
         self._lay_out()
-        self._masks.load(own.get("masks", []), self._parameters[0].device)
+        self._masks.load(own.get("masks", []), self._layout.parameters[0].device)
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "phisam"})
         self._lay_out()
         self._step, self.seed = own["step"], own["seed"]
@@ -380,33 +378,20 @@ class PhiSAM(Optimizer):
         """Follows the base optimizer: its groups, its state, and which parameters are trained now."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
-        for group in self.param_groups:  # a state of the bare base optimizer, loaded into it, has no rho_scale
-            group.setdefault(
-                "rho_scale", next((self._rho_scales[p] for p in group["params"] if p in self._rho_scales), 1.0)
-            )
-            check_rho_scale(group["rho_scale"])
-        self._rho_scales = {p: group["rho_scale"] for group in self.param_groups for p in group["params"]}
         self._wrapping.moved()  # an evaluation, or a step that raised, may have left FSDP2's parameters gathered
-        self._of_model = list(self.model.parameters())
-        parameters = trained_parameters(self._of_model, self.base_optimizer)
-        held = self._wrapping.held(parameters)
-        layout = [(id(p), p.dtype, p.device, p.shape, x.data_ptr()) for p, x in zip(parameters, held, strict=True)]
-        if layout == self._layout:
-            return
+        self._layout.follow(self._take_up)
+
+    def _take_up(self, parameters: list[nn.Parameter], others: bool) -> None:
+        """Parameters that are trained from now on, and others than before, or the same ones elsewhere in memory."""
         self._wrapping.check(parameters, self.mesh, self.scope)
-        check_tensors(self.model, parameters)
+        checks.check_tensors(self.model, parameters)
         d = sum(p.numel() for p in parameters)
         self._masks.lay_out(d, parameters[0].device, sharded=self._wrapping.reduces_every_backward)
-        # Not when memory alone moved: that may happen on one rank, and making masks is collective.
-        if [entry[0] for entry in layout] != [entry[0] for entry in self._layout]:
+        if others:  # not when memory alone moved: that may happen on one rank, and making masks is collective
             self._masks.forget()
         names = {p: name for name, p in self.model.named_parameters()}
-        self._layout = layout
-        self._parameters = parameters
-        trained = set(parameters)
-        self._others = [p for p in self._of_model if p not in trained]
         self._perturbation = Perturbation(
-            held,
+            self._wrapping.held(parameters),
             [names[p] for p in parameters],
             self._wrapping.spans(parameters),
             d,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -177,7 +178,9 @@ def sample_size(
 
     "auto" takes the divisor of W, at most n_samples + 1, that wastes the least work (a mesh costs S times the
     evaluations of its busiest rank, on a data rank's batch); of equals the largest, since one point a rank overlaps its
-    all-reduce with its backward and keeps per-rank batches large.
+    all-reduce with its backward and keeps per-rank batches large. It knows W and the points, and no times: where a
+    rank's batch is so small that launches or the all-reduce take longer than the arithmetic, an S that leaves ranks
+    idle can be faster, and `phisam plan` shows it.
 
     Raises:
         ValueError: sample_parallel is no divisor of the world size.
@@ -213,7 +216,7 @@ class LossExchange:
         self._mesh = mesh
         self._deal = deal
         self._scope = scope
-        self._each_round = scope == "global" and mesh.data_size > 1
+        self._means = scope == "global" and mesh.data_size > 1
         self._waiting: list[Tensor] = []
         self._known: list[Tensor] = []  # (D, evaluations) of each exchange
 
@@ -223,7 +226,7 @@ class LossExchange:
         Collective in round 0, in the last round, and in each round where the scope needs it.
         """
         self._waiting.append(loss)
-        if not (round in (0, self._deal.rounds - 1) or self._each_round):
+        if not (round in (0, self._deal.rounds - 1) or self._means):
             return loss
         by_rank = self._mesh.gather(torch.stack(self._waiting))
         rounds = range(round + 1 - len(self._waiting), round + 1)
@@ -232,26 +235,24 @@ class LossExchange:
         self._known.append(by_evaluation)
         self._waiting = []
         dealt_here = self._deal.evaluation(round, self._mesh.sample_rank)
-        if dealt_here is None or self._scope == "shard" or self._mesh.data_size == 1:
+        if dealt_here is None or not self._means:
             return loss
         return by_evaluation[:, dealt_here - self._deal.evaluations(rounds[0]).start].mean()
 
-    @property
+    @cached_property
     def first_losses(self) -> Tensor:
-        """The losses of round 0. Float64."""
+        """The losses of round 0, when it was reported. Float64."""
         return self._in_scope(self._known[0])
 
-    @property
-    def losses(self) -> Tensor:
-        """The losses of the evaluations as far as they were exchanged; all of them after the last round. Float64."""
-        return self._in_scope(torch.cat(self._known, dim=1))
+    @cached_property
+    def everyones(self) -> Tensor:
+        """(D, evaluations), after the last round: every data rank's losses, the same on all ranks. Float64."""
+        return torch.cat(self._known, dim=1)
 
-    @property
-    def finite(self) -> Tensor:
-        """Whether every exchanged loss of every rank is finite; the same answer on all ranks. Bool scalar tensor."""
-        return torch.isfinite(torch.cat(self._known, dim=1)).all()
+    @cached_property
+    def losses(self) -> Tensor:
+        """The losses of all evaluations, after the last round. Float64."""
+        return self._in_scope(self.everyones)
 
     def _in_scope(self, by_evaluation: Tensor) -> Tensor:
-        if self._scope == "global" and self._mesh.data_size > 1:
-            return by_evaluation.mean(0)
-        return by_evaluation[self._mesh.data_rank]
+        return by_evaluation.mean(0) if self._means else by_evaluation[self._mesh.data_rank]

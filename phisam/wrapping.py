@@ -11,7 +11,7 @@ anywhere but around DDP.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +83,13 @@ class Wrapping:
     def moved(self) -> None:
         """Call after `held` was written to: whatever was computed from the old values is void."""
 
-    @contextmanager
-    def local_forward(self) -> Iterator[None]:
+    def local_forward(self) -> AbstractContextManager[None]:
         """Forwards whose gradient is taken by `gradient`."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def reducing_forward(self) -> Iterator[None]:
+    def reducing_forward(self) -> AbstractContextManager[None]:
         """The forward whose backward is the last of a step."""
-        yield
+        return nullcontext()
 
 
 class Replicated(Wrapping):

@@ -1,4 +1,7 @@
-"""What Ray Train's controller does with a report. Imports neither torch nor mlflow: workers are starting beside it."""
+"""An epoch's way to MLflow: from Ray Train's controller to the board, from there to the driver's writer.
+
+Imports neither torch nor mlflow: the controller imports it while workers are starting.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,14 @@ Metrics = dict[str, Any]
 
 
 class EpochCallback(UserCallback):
-    """Hands each epoch to MLflow's writer and to the progress board, and waits for neither."""
+    """Tells the progress board of each epoch, and does not wait for it. The driver reads there, and tells MLflow."""
 
-    def __init__(self, uri: str, run_id: str, logged: set[int], board: Any) -> None:
-        self._settings = (uri, run_id, logged)
+    def __init__(self, board: Any) -> None:
         self._board = board
-        self._writer: EpochWriter | None = None
 
     def after_report(self, run_context: TrainRunContext, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
         """metrics[0] is rank 0's; the checkpoint lies in storage already."""
         self._board.tell_event.remote(metrics[0])
-        if self._writer is None:  # here, since a thread does not travel to the controller
-            self._writer = EpochWriter(*self._settings)
-        self._writer.put(metrics[0])
 
     def after_exception(self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train starts the workers again, from the newest checkpoint, unless they failed too often."""
@@ -40,7 +38,7 @@ class EpochCallback(UserCallback):
 
 
 class EpochWriter:
-    """Sends epochs to MLflow from a thread. What it could not send, the driver fills in from the checkpoint.
+    """Sends epochs to MLflow from a thread of the driver. What it could not send is filled in from the checkpoint.
 
     Args:
         logged: epochs that MLflow has from before a restart; they are not sent again.

@@ -6,9 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ray_jobs.commands import bench, plan, recipes, train, ui, validate
+from ray_jobs.commands import (
+    bench,
+    compare,
+    landscape,
+    plan,
+    recipes,
+    render,
+    report,
+    reproduce,
+    sharpness,
+    sweep,
+    train,
+    ui,
+    validate,
+)
 
-COMMANDS = (train, validate, recipes, plan, bench, ui)  # in the order that --help tells them
+# In the order that --help tells them.
+COMMANDS = (train, sweep, compare, report, sharpness, landscape, reproduce, validate, recipes, plan, bench, render, ui)
 
 DESCRIPTION = "Train with (phi, psi, mu) sharpness-aware optimizers on Ray, tracked in MLflow."
 

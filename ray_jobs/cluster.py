@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import ray
 
 from ray_jobs.config import RunConfig
 from ray_jobs.errors import ConfigError, RunError, first_line
 
+T = TypeVar("T")
+
 
 @contextlib.contextmanager
-def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[None]:
+def connected(
+    address: str | None, num_workers: int, verbose: bool, meanwhile: Callable[[], T | None] = lambda: None
+) -> Iterator[T | None]:
     """Ray for the runs inside: a cluster at an address, else a local one that listens on 127.0.0.1 alone.
+
+    Args:
+        meanwhile: what needs no Ray; it is done in a thread while Ray starts, and what it returns is yielded.
 
     Raises:
         RunError: there is no cluster at the address.
     """
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(meanwhile)
+            _start(address, num_workers, verbose)
+            result = done.result()
+        yield result
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, num_workers: int, verbose: bool) -> None:
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is not None:
@@ -29,10 +48,6 @@ def connected(address: str | None, num_workers: int, verbose: bool) -> Iterator[
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def checked_resources(config: RunConfig) -> bool:
@@ -44,7 +59,8 @@ def checked_resources(config: RunConfig) -> bool:
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers, cpus, gpus = config.scaling.num_workers, have.get("CPU", 0), have.get("GPU", 0)
     use_gpu = gpus > 0 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
-    if use_gpu and gpus < workers:  # with auto too: a run meant for GPUs must not train on CPUs unasked
+    # With auto too: a run meant for GPUs must not train on CPUs unasked.
+    if use_gpu and gpus < workers * config.scaling.gpus_per_worker:
         raise ConfigError(
             f"scaling.num_workers = {workers} on GPUs needs {workers} of them, but the cluster has {gpus:g}; lower "
             "num_workers, or set scaling.use_gpu: false"

@@ -24,7 +24,8 @@ from ray_jobs.errors import ConfigError
 from ray_jobs.explain import nearest, validated
 from ray_jobs.optimizer_config import ConstantSchedule, OptimizerConfig, ScheduleConfig
 from ray_jobs.section import AbsolutePath, Count, Positive, Section
-from ray_jobs.yaml_source import MAX_BYTES, Source, read_override, read_yaml, write_yaml
+from ray_jobs.sharpness.config import SharpnessConfig
+from ray_jobs.yaml_source import Source, read_file, read_override, read_yaml, write_yaml
 
 __all__ = [
     "DataConfig",
@@ -32,11 +33,14 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SharpnessConfig",
     "TrackingConfig",
+    "changed",
     "dump_yaml",
     "from_dict",
     "json_schema",
     "load",
+    "read",
     "recipe_names",
     "recipe_text",
 ]
@@ -113,6 +117,12 @@ class ScalingConfig(Section):
     num_workers: Count = 1
     use_gpu: Literal["auto"] | bool = Field("auto", description="auto: if the cluster has a GPU for each worker")
     cpus_per_worker: Positive = 1.0
+    gpus_per_worker: float = Field(1.0, gt=0, le=1, description="below 1, trials of one worker share a GPU")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            told = f"must be 1 with num_workers = {self.num_workers}: workers of one run cannot share a GPU (NCCL)"
+            yield "gpus_per_worker", told
 
 
 class TrackingConfig(Section):
@@ -149,6 +159,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ConstantSchedule(name="constant")
     training: TrainingConfig
+    sharpness: SharpnessConfig | None = Field(None, description="null: not measured in training")
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -177,6 +188,14 @@ class RunConfig(Section):
             if schedule is not None and schedule.warmup_epochs >= epochs:
                 warmup = schedule.warmup_epochs
                 yield f"{key}.warmup_epochs", f"must be less than training.epochs = {epochs}, not {warmup}"
+        if self.sharpness is not None and "spectral_density" in self.sharpness.measures:
+            yield (
+                "sharpness.measures",
+                "spectral_density is no number to log in an epoch; after the run: "
+                "phisam sharpness RUN_ID --measures spectral_density",
+            )
+        if self.sharpness is not None and "measure" in self.sharpness.measures and self.optimizer.measure.name == "sgd":
+            yield "sharpness.measures", "measure is S(x) of the run's own measure, and sgd has none; leave it out"
 
     def flat(self) -> dict[str, str | float | int | bool]:
         """Every setting under its dotted key, as MLflow's parameters want it; null is left out."""
@@ -199,10 +218,36 @@ def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: names file, line, key, value, what is allowed and the nearest known key, for all mistakes at once.
     """
-    read = _read(source)
+    described = read(source)
     for override in overrides:
-        read = read_override(read, override)
-    return validated(RunConfig, read)
+        described = read_override(described, override)
+    return validated(RunConfig, described)
+
+
+def read(source: str) -> Source:
+    """A YAML file or a recipe as it is written, not checked yet.
+
+    Raises:
+        ConfigError: it is neither, or cannot be read.
+    """
+    if source in recipe_names():
+        return read_yaml(recipe_text(source), f"recipe {source}")
+    found = read_file(source)
+    if found is None:
+        raise ConfigError(f"{source!r} is neither a recipe nor a file in {os.getcwd()}.{_recipes_near(source)}")
+    return found
+
+
+def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run with `key.path=value` overrides.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    described = read_yaml(dump_yaml(config), config.name)
+    for override in overrides:
+        described = read_override(described, override)
+    return validated(RunConfig, described)
 
 
 def from_dict(settings: dict[str, Any]) -> RunConfig:
@@ -235,23 +280,6 @@ def recipe_text(name: str) -> str:
     if name not in recipes:
         raise ConfigError(f"there is no recipe {name!r}.{_recipes_near(name)}")
     return recipes[name]()
-
-
-def _read(source: str) -> Source:
-    if source in recipe_names():
-        return read_yaml(recipe_text(source), f"recipe {source}")
-    path = os.path.expanduser(source)
-    try:
-        with open(path, "rb") as file:
-            return read_yaml(file.read(MAX_BYTES + 1), source)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{source!r} is neither a recipe nor a file in {os.getcwd()}.{_recipes_near(source)}"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _recipes_near(source: str) -> str:

@@ -36,7 +36,15 @@ def validated(model: type[Model], source: Source) -> Model:
     Raises:
         ConfigError: one line for each mistake, in the order of the file's lines.
     """
-    problems = list(source.problems)
+    config, problems = checked(model, source)
+    if problems or config is None:
+        raise ConfigError(told(problems))
+    return config
+
+
+def checked(model: type[Model], source: Source) -> tuple[Model | None, list[Problem]]:
+    """The source as a model, None if it is none, and the mistakes in it."""
+    config, problems = None, list(source.problems)
     try:
         config = model.model_validate(source.value)
     except ValidationError as error:
@@ -47,11 +55,12 @@ def validated(model: type[Model], source: Source) -> Model:
                 if problem.path not in known:  # one for each key: a union finds the same value wrong in several ways
                     known.add(problem.path)
                     problems.append(problem)
-    if problems:
-        raise ConfigError(
-            "\n".join(str(problem) for problem in sorted(problems, key=lambda problem: problem.place.order))
-        )
-    return config
+    return config, problems
+
+
+def told(problems: Iterable[Problem]) -> str:
+    """One line for each mistake, in the order of the file's lines."""
+    return "\n".join(str(problem) for problem in sorted(problems, key=lambda problem: problem.place.order))
 
 
 def refusal(findings: Iterable[tuple[str, str]]) -> PydanticCustomError | None:

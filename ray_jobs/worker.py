@@ -40,13 +40,18 @@ from ray_jobs.optimizer_config import (
     SsamMeasure,
     StepSchedule,
 )
+from ray_jobs.sharpness.training import EpochMeasures
 
 EVALUATION_BATCH = 512
 PROGRESS_SECONDS = 0.5
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Trains one run. settings: "config" (a RunConfig as JSON values), "board" (a handle that takes progress)."""
+    """Trains one run.
+
+    settings: "config" (a RunConfig as JSON values), "board" (a handle that takes progress); for a part of a run also
+    "start" (the checkpoint to begin from) and "until" ((metric, level): end with the epoch that reaches it).
+    """
     config = from_dict(settings["config"])
     training, seed = config.training, config.training.seed
     device = ray.train.torch.get_device()
@@ -66,8 +71,9 @@ def train_loop(settings: dict[str, Any]) -> None:
     scaler = torch.amp.GradScaler(device.type) if training.precision == "fp16" else None
     optimizer = make_optimizer(config, ddp, batches.steps_per_epoch, scaler)
     mesh = optimizer.mesh
+    measures = EpochMeasures(config, dataset, optimizer.measure, dtype)
 
-    history, best, first_epoch = _resume(model, optimizer, scaler)
+    history, best, first_epoch = _resume(model, optimizer, scaler, settings.get("start"))
     if dist.get_rank() == 0:
         logging.getLogger("phisam").addHandler(ToBoard(settings["board"]))
     progress = Progress(settings["board"], config, batches.steps_per_epoch)
@@ -79,6 +85,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         return cross_entropy(logits.to(dtype), part(labels))
 
     for epoch in range(first_epoch, training.epochs):
+        if _is_there(settings.get("until"), history):
+            break
         model.train()
         averages = Averages(device, optimizer.measure.n_points(optimizer.n_samples))
         started = time.perf_counter()
@@ -105,6 +113,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             **_settings(optimizer),
             **_cost(optimizer, training.batch_size, batches.steps_per_epoch, epoch, seconds),
             "seconds": (history[-1]["seconds"] if history else 0.0) + seconds,  # of training alone, since the run began
+            **measures.after(epoch + 1, model),
             "timestamp_ms": round(time.time() * 1000),
         }
         history.append(metrics)
@@ -112,7 +121,8 @@ def train_loop(settings: dict[str, Any]) -> None:
             weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             best = {"epoch": epoch + 1, "accuracy": validation_accuracy, "loss": validation_loss, "model": weights}
 
-        due = (epoch + 1) % config.checkpoint.every_epochs == 0 or epoch + 1 == training.epochs
+        last = epoch + 1 == training.epochs or _is_there(settings.get("until"), history)
+        due = last or (epoch + 1) % config.checkpoint.every_epochs == 0
         with _saved(due, model, optimizer, scaler, best, history) as saved:
             ray.train.report(metrics, checkpoint=saved)
 
@@ -313,11 +323,17 @@ class Progress:
         self._told, self._steps = time.perf_counter(), 0
 
 
+def _is_there(until: tuple[str, float] | None, history: list[checkpoint.Metrics]) -> bool:
+    return until is not None and bool(history) and history[-1][until[0]] >= until[1]
+
+
 def _resume(
-    model: nn.Module, optimizer: phisam.PhiSAM, scaler: torch.amp.GradScaler | None
+    model: nn.Module, optimizer: phisam.PhiSAM, scaler: torch.amp.GradScaler | None, start: str | None
 ) -> tuple[list[checkpoint.Metrics], dict[str, Any] | None, int]:
-    """History, best model and first epoch: of the newest checkpoint, or of a fresh start."""
+    """History, best model and first epoch: of the newest checkpoint, else of `start`, else of a fresh start."""
     newest = ray.train.get_checkpoint()
+    if newest is None and start is not None:
+        newest = ray.train.Checkpoint.from_directory(start)
     if newest is None:
         return [], None, 0
     with newest.as_directory() as folder:

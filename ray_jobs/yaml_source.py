@@ -6,10 +6,10 @@ a number follows YAML 1.2, not PyYAML's 1.1: 1e-3 is a number, while no, off, 1:
 
 from __future__ import annotations
 
-import copy
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,6 +109,23 @@ def write_yaml(value: dict[str, Any]) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def read_file(path: str) -> Source | None:
+    """What `read_yaml` makes of a file; None if there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return read_yaml(file.read(MAX_BYTES + 1), path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def read_yaml(text: str | bytes, origin: str) -> Source:
     """Values and lines of a YAML mapping; `origin` is what errors call the text.
 
@@ -124,37 +141,68 @@ def read_yaml(text: str | bytes, origin: str) -> Source:
     return Source(value, reader.places, tuple(reader.problems))
 
 
-def read_override(source: Source, override: str) -> Source:
+def split(key: str) -> tuple[str, ...]:
+    """The path that a dotted key names."""
+    return tuple(key.split("."))
+
+
+def read_override(
+    source: Source,
+    override: str,
+    path_of: Callable[[str], tuple[str, ...]] = split,
+    example: str = "optimizer.rho=0.05",
+) -> Source:
     """The source with one `key.path=value` on top; the value is YAML, nothing after the "=" is null.
 
     What cannot be read is added to the source's problems.
     """
     place = Place(sys.maxsize, f"--set {' '.join(override.split())}")
     key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
+    path = path_of(key.strip())
     if not equals or not all(path):
-        return _with_problem(source, place, (), "write it as key.path=value, for example --set optimizer.rho=0.05")
+        return _with_problem(source, place, (), f"write it as key.path=value, for example --set {example}")
     reader = _Reader(lambda _: place)
     try:
         node = _compose(text, lambda _: place.text)
     except ConfigError as error:
         return _with_problem(source, place, (), str(error).removeprefix(f"{place.text}: "))
     new = reader.read(node, path) if node is not None else None
-    value = copy.deepcopy(source.value)
-    section = value
-    for depth, part in enumerate(path[:-1], 1):
-        child = section.get(part)
-        if isinstance(child, str):  # `measure: frobenius` is short for a section with that name
-            child = {"name": child}
-        if not isinstance(child, dict | None):
-            problem = f"the value {shown(child)} has no setting {path[depth]!r} in it"
+    source = put(source, path, new, {path: place, **reader.places})
+    return Source(source.value, source.places, (*source.problems, *reader.problems))
+
+
+def put(source: Source, path: tuple[str, ...], value: Any, places: Mapping[Path, Place]) -> Source:
+    """The source with a value on top; `places` says where it came from, and what is in it, beginning with `path`."""
+    place = places[path]
+    for depth in range(1, len(path)):
+        held = _at(source.value, path[:depth])
+        if not isinstance(held, dict | str | None):
+            problem = f"the value {shown(held)} has no setting {path[depth]!r} in it"
             return _with_problem(source, place, path[:depth], problem)
-        section[part] = child = child or {}
-        section = child
-    section[path[-1]] = new
     kept = {known: at for known, at in source.places.items() if known[: len(path)] != path}
-    parents: dict[Path, Place] = {path[:depth]: place for depth in range(1, len(path) + 1) if path[:depth] not in kept}
-    return Source(value, {**kept, **parents, **reader.places}, (*source.problems, *reader.problems))
+    parents: dict[Path, Place] = {path[:depth]: place for depth in range(1, len(path)) if path[:depth] not in kept}
+    return Source(placed(source.value, path, value), {**kept, **parents, **places}, source.problems)
+
+
+def placed(settings: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """New settings, with a value at a path. `measure: frobenius` is short for a section with that name."""
+    first, *rest = path
+    if rest:
+        section = settings.get(first)
+        if isinstance(section, str):
+            section = {"name": section}
+        value = placed(section if isinstance(section, dict) else {}, tuple(rest), value)
+    return {**settings, first: value}
+
+
+def _at(settings: dict[str, Any], path: Path) -> Any:
+    """The value at a path, None where there is none; a value on the way that is no section is the answer itself."""
+    value: Any = settings
+    for part in path:
+        if not isinstance(value, dict):
+            return value
+        value = value.get(part)
+    return value
 
 
 def shown(value: Any) -> str:

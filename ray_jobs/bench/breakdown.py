@@ -31,7 +31,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(workloads, "loss_of")],
     "backward": [(torch.autograd, "grad"), (torch.Tensor, "backward")],
     "rows": [(gradient.Rows, name) for name in ("add", "add_unperturbed", "combine")],
-    "weights": _defining(measures.Measure, ("weigh", "slopes", "factors")),
+    "weights": _defining(measures.Measure, ("weights", "slopes", "factors")),
     "exchange": [
         (sharding.LossExchange, "report"),
         (sharding.ProcessMesh, "reduce_gradients"),

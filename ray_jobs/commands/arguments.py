@@ -80,11 +80,13 @@ def set_environment(address: str | None, verbose: bool) -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train looks for reports every 2 s otherwise
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is said after seconds, not four minutes
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }
     if address is None:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every socket of a local Ray on 127.0.0.1
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run; nobody takes this machine away
     if not verbose:
         settings["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"  # what raylets say of dead workers; progress tells it in a line
         settings |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "ALEMBIC_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         commands,
         "recipes",
         run,
-        "list the runs that come with phisam, or print one as YAML",
+        "list the runs and sweeps that come with phisam, or print one as YAML",
         """\
   phisam recipes
   phisam recipes mnist5k-frob > my-run.yaml          a file of your own to start from
@@ -26,12 +26,16 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code."""
     from ray_jobs import config, paper
+    from ray_jobs.sweep.config import load_sweep, sweep_names, sweep_text
 
     if arguments.name:
-        print(config.recipe_text(arguments.name), end="")
+        text = sweep_text if arguments.name in sweep_names() else config.recipe_text
+        print(text(arguments.name), end="")
         return 0
     names = [name for name in config.recipe_names() if not name.startswith(paper.PREFIX)]
     for name in names:
         print(f"{name:{max(map(len, names))}}  {config.load(name).description}")
-    print(f"\n{paper.OVERVIEW}")
+    print(f"\n{paper.OVERVIEW}\n\nSweeps, for `phisam sweep`:")
+    for name in sweep_names():
+        print(f"{name:{max(map(len, sweep_names()))}}  {load_sweep(name).description}")
     return 0

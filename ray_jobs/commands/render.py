@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
 from ray_jobs.commands.arguments import add_set, command, positive
@@ -84,8 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "cluster":
         objects = render.interactive("phisam", cluster)
     else:
-        key = shlex.quote(render.object_name(name))
-        told = f"{arguments.kind} {render.RUN_FILE} --address auto --key {key}"
-        objects = render.run_job(name, description, told, cluster)
+        # A cluster that replaces a lost one goes on with the run that was begun.
+        go_on = f"--key {render.object_name(name)}" if arguments.kind == "train" else "--go-on"
+        asked = f"{arguments.kind} {render.RUN_FILE} --address auto {go_on}"
+        objects = render.run_job(name, description, asked, cluster)
     print(render.as_yaml(objects), end="")
     return 0

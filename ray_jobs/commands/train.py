@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.commands.arguments import add_set, command, own_name, positive, set_environment
+
+if TYPE_CHECKING:
+    from ray_jobs.data import Dataset
 
 
 def add(commands: Any) -> None:
@@ -32,6 +35,9 @@ Metrics, models and checkpoints lie in $PHISAM_HOME, else ./runs; MLFLOW_TRACKIN
     parser.add_argument("--num-workers", type=positive, metavar="N", help="workers, in place of scaling.num_workers")
     parser.add_argument("--address", metavar="ADDR", help="a Ray cluster (host:port, or auto); default: a local Ray")
     parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run: its id, or its name if that is unique")
+    parser.add_argument(
+        "--key", metavar="KEY", help="begin the run, or go on with the one that was begun with this key: for schedulers"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
 
 
@@ -44,25 +50,50 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("train: name a recipe or a file, or an unfinished run with --resume RUN_ID")
     if arguments.resume and (arguments.set or arguments.num_workers):
         raise ConfigError("train --resume goes on with the run as it was: --set and --num-workers do not go with it")
+    if arguments.key and len(arguments.runs) != 1:
+        raise ConfigError("train --key goes with one recipe or file")
     workers = [f"scaling.num_workers={arguments.num_workers}"] if arguments.num_workers else []
     configs = [config.load(name, [*arguments.set, *workers]) for name in arguments.runs]  # all, before the first starts
 
     set_environment(arguments.address, arguments.verbose)
     from rich.console import Console
 
-    from ray_jobs import cluster, train
-    from ray_jobs.progress import summary_table
+    from ray_jobs import cluster
+
+    going_on, run_id = None, arguments.resume
+    if arguments.key:
+        from ray_jobs import train
+
+        configs = [train.with_key(configs[0], arguments.key)]
+        run_id = train.begun(configs[0])
+        if run_id and train.is_finished(configs[0], run_id):
+            print(f"run {run_id} with the key {arguments.key} is finished: there is nothing to do")
+            return 0
+    if run_id:
+        from ray_jobs import train
+
+        going_on = train.unfinished(run_id)
+        configs = [going_on.config]
+    most_workers = max(described.scaling.num_workers for described in configs)
+
+    def prepared() -> Dataset:
+        from ray_jobs import train  # torch, Ray Train and MLflow: six seconds of imports, beside the start of Ray
+
+        return train.prepared(configs[0])
 
     console = Console()
-    going_on = [train.unfinished(arguments.resume)] if arguments.resume else []
-    most_workers = max(c.scaling.num_workers for c in [*configs, *(unfinished.config for unfinished in going_on)])
-    with cluster.connected(arguments.address, most_workers, arguments.verbose):
+    with cluster.connected(arguments.address, most_workers, arguments.verbose, prepared) as dataset:
+        from ray_jobs import train
+        from ray_jobs.progress import summary_table
+
         summaries = []
         try:
-            for unfinished in going_on:
-                summaries.append(train.resume(unfinished, console))  # noqa: PERF401  (what is done must stay)
-            for described in configs:
-                summaries.append(train.train(described, console))  # noqa: PERF401  (what is done must stay)
+            if going_on:
+                summaries.append(train.resume(going_on, console, dataset))
+            else:
+                for described in configs:
+                    summaries.append(train.train(described, console, dataset))
+                    dataset = None
         finally:  # a run that fails takes nothing from those before it
             if summaries:
                 console.print(summary_table(summaries))

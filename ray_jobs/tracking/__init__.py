@@ -8,7 +8,7 @@ fill in whatever a killed process had not sent.
 from __future__ import annotations
 
 from ray_jobs.tracking.provenance import provenance
-from ray_jobs.tracking.server import find_run, tracking_uri
+from ray_jobs.tracking.server import find_run, open_store, tracking_uri
 from ray_jobs.tracking.tracker import Tracker, parameters
 
-__all__ = ["Tracker", "find_run", "parameters", "provenance", "tracking_uri"]
+__all__ = ["Tracker", "find_run", "open_store", "parameters", "provenance", "tracking_uri"]

@@ -23,6 +23,17 @@ def tracking_uri(config: TrackingConfig, runs: Path) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
 
 
+def open_store(uri: str) -> None:
+    """Opens the embedded store, and makes it where there is none: seconds once a process. Asks nothing of a server.
+
+    Raises:
+        RunError: it cannot be opened.
+    """
+    if uri.startswith("sqlite:"):
+        with asked(uri, "open"):
+            MlflowClient(uri).search_experiments(max_results=1)
+
+
 def find_run(uri: str, name_or_id: str) -> Run:
     """A run by its id, the first eight letters of it, or its name if that is unique.
 

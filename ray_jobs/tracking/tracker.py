@@ -101,6 +101,19 @@ class Tracker:
             torch.save(model.state_dict(), path)
             self._client.log_artifact(self.run_id, str(path), name)
 
+    def log_files(self, paths: Sequence[Path], folder: str) -> None:
+        """Files into a folder of the run's artifacts."""
+        with asked(self.uri, f"take files into {folder}"):
+            for path in paths:
+                self._client.log_artifact(self.run_id, str(path), folder)
+
+    def models(self) -> dict[str, str]:
+        """Name -> id of the run's models in MLflow, the newest of a name."""
+        with asked(self.uri, f"give the models of run {self.run_id}"):
+            outputs = self._client.get_run(self.run_id).outputs
+            ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+            return {self._client.get_logged_model(model_id).name: model_id for model_id in ids}
+
     def set_tags(self, tags: dict[str, str]) -> None:
         """Adds tags."""
         with asked(self.uri, "take tags"):

@@ -120,9 +120,11 @@ def test_slopes_in_closed_form_are_those_of_autograd(make: Callable[[], phisam.M
 @pytest.mark.parametrize("make", [phisam.trace, phisam.sam, phisam.frobenius, lambda: phisam.frobenius(unbiased=False)])
 def test_weights_in_closed_form_are_those_of_autograd(make: Callable[[], phisam.Measure], lam: float) -> None:
     measure, values = make(), losses(0.4, -0.3, 1.1)
-    weights, sharpness = phisam.Measure.weigh(measure, values, 0.7, lam)
+    weights = phisam.Measure.weights(measure, values, 0.7, lam)
+    factors = phisam.Measure.factors(measure, values, 0.7, lam, None)
     torch.testing.assert_close(measure.weights(values, 0.7, lam), weights, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(measure.value(values, 0.7), sharpness, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(measure.factors(values, 0.7, lam, None), factors, rtol=1e-12, atol=1e-12)
+    assert measure.weight_at_x(lam) in (None, pytest.approx(float(weights[0])))
 
 
 def test_a_constant_component_has_no_slope() -> None:

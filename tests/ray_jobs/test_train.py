@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
 
-from ray_jobs import checkpoint, config, train
+from ray_jobs import checkpoint, config, train, trainer
 from ray_jobs.errors import ConfigError, RunError
 
 EPOCHS = 12
@@ -117,7 +117,7 @@ def test_a_driver_that_is_killed_and_resumed_ends_bit_equal(undisturbed: tuple[P
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert the_run(tmp_path).info.status == "RUNNING"
-    assert 0 < len(train._history(tmp_path / the_run(tmp_path).info.run_id)) < EPOCHS
+    assert 0 < len(trainer.saved_history(tmp_path / the_run(tmp_path).info.run_id)) < EPOCHS
     _wait_until_ended(process.pid)
 
     finished(command(tmp_path, "--resume", the_run(tmp_path).info.run_id))

@@ -177,7 +177,8 @@ def test_averages_leave_out_what_is_not_finite() -> None:
     averages = worker.Averages(torch.device("cpu"), 2)
     for loss, sharpness in [(1.0, 4.0), (math.inf, math.nan), (3.0, math.inf)]:
         numbers = torch.tensor([loss, sharpness], dtype=torch.float64)
-        record = phisam.StepRecord(torch.zeros(3), torch.zeros(3), torch.zeros(2), numbers[1])
+        losses = torch.stack([torch.zeros_like(numbers[1]), numbers[1], numbers[1]])  # trace's R_rho is the mean delta
+        record = phisam.StepRecord(losses, torch.zeros(3), 1.0, phisam.trace())
         averages.add(numbers[0], record)
     assert averages.means() == (2.0, 4.0)
     nothing = worker.Averages(torch.device("cpu"), 2).means()

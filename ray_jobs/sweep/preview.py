@@ -1,0 +1,135 @@
+"""What `phisam sweep --dry-run` prints: the trials, how many they are, and the gradient evaluations that they take."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_jobs.config import RunConfig
+from ray_jobs.sweep.check import MAX_RUNGS
+from ray_jobs.sweep.config import SweepConfig
+from ray_jobs.sweep.cost import evaluations_per_epoch, evaluations_per_step
+from ray_jobs.sweep.rungs import RungRule
+from ray_jobs.sweep.search import Search, make_search
+from ray_jobs.sweep.sections import SEED, NoStopping, TpeSearch
+from ray_jobs.sweep.space import values_of
+from ray_jobs.sweep.stopping import Population, make_stopping
+from ray_jobs.yaml_source import shown
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The trials of a setting."""
+
+    trials: str
+    values: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def cost(self) -> float:
+        """Gradient evaluations of one of them."""
+        return self.config.training.epochs * evaluations_per_epoch(self.config)
+
+
+def preview(sweep: SweepConfig, max_concurrent: int) -> str:
+    """The text, without a line break at its end.
+
+    Raises:
+        ConfigError: an imagefolder that cannot be counted.
+    """
+    search = make_search(sweep, max_concurrent)
+    rows = list(_known(sweep, search))
+    unknown = search.n_settings - len(rows)
+    lines = [*_head(sweep, search), "", *_table(rows)]
+    if unknown:
+        first = len(rows) * max(1, len(sweep.seeds))
+        lines.append(f"{first}-{search.n_trials - 1}: chosen by TPE from the results of those before")
+    return "\n".join([*lines, "", *_foot(sweep, rows, unknown, max_concurrent)])
+
+
+def _known(sweep: SweepConfig, search: Search) -> Iterator[_Row]:
+    """The settings that do not depend on results."""
+    n_seeds = max(1, len(sweep.seeds))
+    for setting in range(search.n_settings):
+        first = setting * n_seeds
+        if isinstance(sweep.search, TpeSearch):
+            if setting >= sweep.search.startup * search.n_cells:
+                return
+            values = search.suggest(first, dict.fromkeys(search.needs(first)))
+        else:
+            values = search.suggest(first, {})
+        trials = str(first) if n_seeds == 1 else f"{first}-{first + n_seeds - 1}"
+        yield _Row(trials, values, sweep.trial(values, first))
+
+
+def _head(sweep: SweepConfig, search: Search) -> Iterator[str]:
+    seeds = f" x {len(sweep.seeds)} seeds ({', '.join(map(str, sweep.seeds))})" if sweep.seeds else ""
+    yield f"{sweep.name}: {search.n_trials} trials = {search.n_settings} settings{seeds}, {sweep.search.name} search"
+    yield f"Judged by {sweep.metric} ({sweep.mode}) at the last epoch. Each trial gets {_budget(sweep)}."
+    stopping = make_stopping(sweep)
+    if isinstance(stopping, Population):
+        yield f"pbt: generations end at {_levels(stopping.boundaries)} {_axis(sweep)}."
+    elif isinstance(stopping, RungRule):
+        levels = list(itertools.islice(stopping.rungs(), MAX_RUNGS))
+        yield f"{stopping.name}: rungs at {_levels(levels)} {_axis(sweep)}."
+    if sweep.metric in ("accuracy/test", "loss/test"):
+        yield f"Note: the winner is chosen by the test set, so that its {sweep.metric} is no estimate of anything."
+
+
+def _budget(sweep: SweepConfig) -> str:
+    if sweep.budget is not None:
+        return f"{sweep.budget:,g} {_axis(sweep)}"
+    if sweep.resource == "gradient_evaluations":
+        return "the gradient evaluations that training.epochs cost the base optimizer"
+    return "the epochs of its run"
+
+
+def _axis(sweep: SweepConfig) -> str:
+    return sweep.resource.replace("_", " ")
+
+
+def _levels(levels: Sequence[float]) -> str:
+    shown_levels = [f"{level:,g}" for level in levels]
+    return ", ".join(shown_levels if len(levels) <= 8 else [*shown_levels[:6], "...", shown_levels[-1]])
+
+
+def _table(rows: Sequence[_Row]) -> Iterator[str]:
+    keys = list(dict.fromkeys(key for row in rows for key in row.values if key != SEED))
+    last = [key.rpartition(".")[2] for key in keys]
+    titles = [
+        short if last.count(short) == 1 and short != "name" else key for key, short in zip(keys, last, strict=True)
+    ]
+    cells = [["trials", *titles, "epochs", "evaluations a step", "gradient evaluations"]]
+    for row in rows:
+        values = ["" if key not in row.values else _plain(row.values[key]) for key in keys]
+        per_step = evaluations_per_step(row.config.optimizer)
+        cells.append([row.trials, *values, f"{row.config.training.epochs}", f"{per_step:g}", f"{row.cost:,.0f}"])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    for line in cells:
+        words = [
+            word.rjust(w) if i > len(keys) else word.ljust(w)
+            for i, (word, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(words).rstrip()
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(_plain(part) if key == "name" else f"{key}={_plain(part)}" for key, part in value.items())
+    return value if isinstance(value, str) else shown(value)
+
+
+def _foot(sweep: SweepConfig, rows: Sequence[_Row], unknown: int, max_concurrent: int) -> Iterator[str]:
+    n_seeds = max(1, len(sweep.seeds))
+    total = sum(row.cost for row in rows)
+    if unknown:
+        configs = [sweep.trial(values_of(picks), 0) for picks in sweep.corners()]
+        total += unknown * max(config.training.epochs * evaluations_per_epoch(config) for config in configs)
+    least = unknown or not isinstance(sweep.stopping, NoStopping) or sweep.resource == "seconds"
+    yield f"In all {'at most ' if least else ''}{total * n_seeds:,.0f} gradient evaluations."
+    workers = sorted({row.config.scaling.num_workers for row in rows})
+    told = " or ".join(map(str, workers))
+    at_once = f"{max_concurrent} trials at once" if max_concurrent > 1 else "one trial at a time"
+    yield f"{told} {'worker' if workers == [1] else 'workers'} a trial, {at_once}."

@@ -1,0 +1,116 @@
+"""A run description as Ray Train's trainer, and what a trainer leaves in its folder. For single runs and for trials."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from ray_jobs import checkpoint
+from ray_jobs.config import RunConfig
+from ray_jobs.errors import RunError, first_line
+from ray_jobs.loopback import LoopbackTorchConfig
+from ray_jobs.meters import Meters
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    folder: Path,
+    callbacks: Sequence[UserCallback],
+    *,
+    use_gpu: bool,
+    loopback: bool,
+    max_failures: int,
+    trainer: type[TorchTrainer] = TorchTrainer,
+) -> TorchTrainer:
+    """The trainer of a run whose checkpoints lie in `folder`: made again with the same folder, it resumes from them.
+
+    Args:
+        settings: what `loop` gets beside the description.
+        loopback: all workers are on this machine, and nothing may listen beyond it.
+        max_failures: how often workers are started again from the newest checkpoint.
+    """
+    scaling = config.scaling
+    return trainer(
+        loop,
+        train_loop_config={"config": config.model_dump(mode="json"), **settings},
+        torch_config=LoopbackTorchConfig() if loopback else None,
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={
+                "CPU": scaling.cpus_per_worker,
+                **({"GPU": scaling.gpus_per_worker} if use_gpu else {}),
+            },
+        ),
+        run_config=RayRunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            callbacks=[*callbacks, Meters(config.name, folder.name, config.optimizer.measure.name)],
+        ),
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that Ray Train registered in a run's folder; None for a fresh run.
+
+    Raises:
+        RunError: Ray Train's list of checkpoints cannot be read.
+    """
+    if not (folder / "checkpoint_manager_snapshot.json").exists():
+        return None
+    try:
+        newest = ray.train.Result.from_path(str(folder)).checkpoint
+    except Exception as error:  # Ray raises what its JSON reader raises, and more
+        raise RunError(f"{folder}: the list of checkpoints cannot be read ({first_line(error)})") from error
+    return None if newest is None else Path(newest.path)
+
+
+def saved_history(folder: Path) -> list[checkpoint.Metrics]:
+    """Metrics of the epochs behind the newest checkpoint in a run's folder; none for a fresh run.
+
+    Raises:
+        RunError: Ray Train's list of checkpoints, or the newest of them, cannot be read.
+    """
+    newest = newest_checkpoint(folder)
+    return [] if newest is None else checkpoint.load_history(newest)
+
+
+def made(folder: Path) -> Path:
+    """The folder, which exists from now on.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made ({error.strerror}): set checkpoint.storage or PHISAM_HOME") from None
+    return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Holds the folder of a run or a sweep; the lock ends with this process, however it ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{what} {folder.name} is being trained by another process already") from None
+        yield
