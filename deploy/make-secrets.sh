@@ -5,7 +5,7 @@
 #   deploy/make-secrets.sh                                        for the S3-compatible store of overlays/kind
 #   S3_ACCESS_KEY_ID=... S3_SECRET_ACCESS_KEY=... deploy/make-secrets.sh      for a store that you have
 set -euo pipefail
-namespace=${NAMESPACE:-phisam}
+namespace=phisam
 
 random() { python3 -c 'import secrets; print(secrets.token_hex(32), end="")'; }
 
@@ -33,9 +33,13 @@ create phisam-postgres password "$(random)"
 create phisam-s3 access-key-id "$s3_key" secret-access-key "$s3_secret" \
     credentials "$(printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$s3_key" "$s3_secret")"
 create phisam-ray-token auth_token "$(random)"
-# The server's and the runs' view of one password: made together, so that they agree.
-if ! kubectl --namespace "$namespace" get secret phisam-mlflow > /dev/null 2>&1; then
-    create phisam-mlflow password "$mlflow_password" secret-key "$(random)"
+# The server's and the runs' view of one password, made together; the runs' first, so that a script that died between the
+# two is told by the second's absence.
+if kubectl --namespace "$namespace" get secret phisam-mlflow > /dev/null 2>&1; then
+    echo "make-secrets.sh: phisam-mlflow is there already and stays as it is"
+else
+    kubectl --namespace "$namespace" delete secret phisam-mlflow-client --ignore-not-found
     create phisam-mlflow-client \
         credentials "$(printf '[mlflow]\nmlflow_tracking_username = phisam\nmlflow_tracking_password = %s\n' "$mlflow_password")"
+    create phisam-mlflow password "$mlflow_password" secret-key "$(random)"
 fi

@@ -19,9 +19,13 @@ from ray_jobs.errors import ConfigError
 
 Object = dict[str, Any]
 
+# A head takes its whole cluster along: node autoscalers leave its node alone.
+STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 RUN_FILE = "/etc/phisam/run.yaml"
 MAX_NAME = 47  # KubeRay's own limit for a RayJob: it appends to it, and a label holds 63
-GRACE_SECONDS = 120  # what a pod on a node that is taken away gets to write its checkpoint
+GRACE_SECONDS = 120  # what a pod on a node that is taken away gets to end a report that is being written
+# Ray's object store carries data sets and progress, no tensors of a step; it must fit into /dev/shm.
+RAY_START = {"metrics-export-port": "8080", "object-store-memory": "1000000000"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Cluster:
     """What a run asks of Kubernetes, beside its own description.
 
     workers: pods, one Ray Train worker each. max_workers: more than `workers` lets Ray's autoscaler add pods up to it.
-    queue: a LocalQueue of Kueue. secret: what the names of deploy/base's secrets begin with. spot: workers go to nodes
-    that may be taken away; the head does not.
+    queue: a LocalQueue of Kueue. secret: what the names of deploy/base's secrets begin with. spot: workers tolerate
+    nodes that may be taken away; the head does not.
     """
 
     image: str
@@ -39,6 +43,7 @@ class Cluster:
     gpus: int
     cpus: int
     memory_gib: int
+    head_memory_gib: int
     namespace: str
     queue: str | None
     deadline_seconds: int
@@ -79,7 +84,7 @@ def run_job(name: str, description: str, arguments: str, cluster: Cluster) -> li
             "activeDeadlineSeconds": cluster.deadline_seconds,
             "backoffLimit": cluster.retries,  # a new cluster each, which goes on with the same run
             "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": 600,
+            "ttlSecondsAfterFinished": 60,  # GPUs are held until then
             **({"suspend": True} if cluster.queue else {}),  # Kueue starts it when there is room
             "rayClusterSpec": _cluster_spec(cluster, configuration_name=name),
         },
@@ -113,16 +118,16 @@ def _cluster_spec(cluster: Cluster, configuration_name: str | None) -> Object:
         "authOptions": {"mode": "token", "secretName": f"{cluster.secret}-ray-token"},
         "headGroupSpec": {
             # No work on the head: a trainer that needs all of its memory must not take the cluster's heart with it.
-            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", "metrics-export-port": "8080"},
-            "template": _pod(cluster, "ray-head", 2, 8, 0, configuration_name, spot=False),
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", **RAY_START},
+            "template": _pod(cluster, "ray-head", 1, cluster.head_memory_gib, 0, configuration_name, spot=False),
         },
         "workerGroupSpecs": [
             {
                 "groupName": "workers",
                 "replicas": cluster.workers,
-                "minReplicas": cluster.workers if not autoscaled else 0,
+                "minReplicas": cluster.workers,
                 "maxReplicas": cluster.max_workers,
-                "rayStartParams": {"metrics-export-port": "8080"},
+                "rayStartParams": RAY_START,
                 "template": _pod(
                     cluster, "ray-worker", cluster.cpus, cluster.memory_gib, cluster.gpus, None, spot=cluster.spot
                 ),
@@ -143,9 +148,10 @@ def _cluster_spec(cluster: Cluster, configuration_name: str | None) -> Object:
 def _pod(
     cluster: Cluster, container: str, cpus: int, memory_gib: int, gpus: int, configuration_name: str | None, spot: bool
 ) -> Object:
-    resources = {"cpu": str(cpus), "memory": f"{memory_gib}Gi", "ephemeral-storage": "20Gi"}
+    resources = {"cpu": str(cpus), "memory": f"{memory_gib}Gi", "ephemeral-storage": "5Gi"}
     accelerators = {"nvidia.com/gpu": str(gpus)} if gpus else {}
     volumes, mounts = _volumes(cluster, configuration_name)
+    labels = {"app.kubernetes.io/part-of": "phisam", "app.kubernetes.io/name": container}
     pod: Object = {
         "serviceAccountName": "phisam-run",
         # The autoscaler, beside the head, asks Kubernetes for pods, with an account of KubeRay's making.
@@ -179,6 +185,7 @@ def _pod(
     if container == "ray-head" and cluster.max_workers > cluster.workers:
         # KubeRay makes the autoscaler's account, and binds it to what it may do, only where none is named.
         del pod["serviceAccountName"], pod["automountServiceAccountToken"]
+        labels["phisam.dev/autoscaler"] = "yes"  # may reach Kubernetes' API: a policy of deploy/base
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if gpus else []
     if spot:  # how GKE, EKS's Karpenter and AKS mark nodes that may be taken away
         tolerations += [
@@ -192,7 +199,7 @@ def _pod(
             },
         ]
     return {
-        "metadata": {"labels": {"app.kubernetes.io/part-of": "phisam", "app.kubernetes.io/name": container}},
+        "metadata": {"labels": labels, **({"annotations": STAYS} if container == "ray-head" else {})},
         "spec": {**pod, **({"tolerations": tolerations} if tolerations else {})},
     }
 
@@ -202,7 +209,7 @@ def _volumes(cluster: Cluster, configuration_name: str | None) -> tuple[list[Obj
     volumes: list[Object] = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}},
         {"name": "data", "persistentVolumeClaim": {"claimName": "data"}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         {
             "name": "mlflow",
             "secret": {"secretName": f"{cluster.secret}-mlflow-client", "defaultMode": 0o440},

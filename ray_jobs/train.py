@@ -123,9 +123,12 @@ def begun(config: RunConfig) -> str | None:
     Raises:
         ConfigError: it has another description.
     """
-    for path in runs_folder().glob(f"*/{DESCRIPTION}"):
+    key = config.tracking.tags[KEY_TAG]
+    for path in (config.checkpoint.storage or runs_folder()).glob(f"*/{DESCRIPTION}"):
+        if f"{KEY_TAG}: {key}" not in path.read_text(encoding="utf-8"):
+            continue  # without reading it as a description: it may be of another version of phisam
         other = load(str(path))
-        if other.tracking.tags.get(KEY_TAG) != config.tracking.tags[KEY_TAG]:
+        if other.tracking.tags.get(KEY_TAG) != key:
             continue
         if other != config:
             raise ConfigError(

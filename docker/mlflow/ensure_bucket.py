@@ -3,10 +3,23 @@
 
 import os
 import sys
+from typing import Any
 from urllib.parse import urlparse
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
+
+
+def _make(client: Any, bucket: str) -> None:
+    """The bucket, if it is not there. Keys that may use this bucket alone are enough where it is."""
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
+            raise
+        region = client.meta.region_name
+        where = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        client.create_bucket(Bucket=bucket, **where)
 
 
 def main(uri: str) -> int:
@@ -18,10 +31,8 @@ def main(uri: str) -> int:
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     client = boto3.client("s3", endpoint_url=endpoint, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
     try:
-        names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
-        if place.netloc not in names:
-            client.create_bucket(Bucket=place.netloc)
-        client.put_object(Bucket=place.netloc, Key=".phisam-writable", Body=b"")
+        _make(client, place.netloc)
+        client.put_object(Bucket=place.netloc, Key=f"{place.path.strip('/')}/.phisam-writable".lstrip("/"), Body=b"")
     except (BotoCoreError, ClientError) as error:
         print(f"ensure_bucket.py: {uri} at {endpoint or 'AWS'} cannot be used: {error}", file=sys.stderr)
         return 1

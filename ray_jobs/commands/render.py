@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
 Prints what `kubectl apply -f -` takes: a ConfigMap with the description and a RayJob of KubeRay, or a RayCluster.
 
   phisam render k8s mnist5k-frob --image registry.example.com/phisam:0.1.0 | kubectl apply -f -
-  phisam render k8s my-run.yaml --workers 8 --gpus 1 --spot --max-workers 16 --queue team-a
+  phisam render k8s my-run.yaml --workers 8 --gpus 1 --spot --queue team-a
   phisam render k8s my-sweep.yaml --kind sweep --workers 8 --gpus 1
-  phisam render k8s --kind cluster --workers 2 --gpus 1            a RayCluster to work on
+  phisam render k8s --kind cluster --workers 2 --gpus 1 --max-workers 8      a RayCluster to work on
 
 MLflow, claims and secrets are those of deploy/base; deploy/README.md has all of it.""",
     )
@@ -30,12 +30,13 @@ MLflow, claims and secrets are those of deploy/base; deploy/README.md has all of
     parser.add_argument("--kind", choices=["train", "sweep", "cluster"], default="train", help="default: train")
     parser.add_argument("--image", metavar="IMAGE", help="of docker/Dockerfile (default: phisam:VERSION)")
     parser.add_argument("--workers", type=positive, metavar="N", help="pods, a Ray Train worker each")
-    parser.add_argument("--max-workers", type=positive, metavar="N", help="let Ray's autoscaler add pods up to N")
     parser.add_argument(
-        "--gpus", type=int, choices=range(17), default=0, metavar="N", help="GPUs of a pod (default: 0)"
+        "--max-workers", type=positive, metavar="N", help="--kind cluster: let Ray's autoscaler add pods up to N"
     )
+    parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, metavar="N", help="GPUs of a pod, 0 or 1")
     parser.add_argument("--cpus", type=positive, default=4, metavar="N", help="CPUs of a pod (default: 4)")
     parser.add_argument("--memory", type=positive, default=16, metavar="GiB", help="of a pod (default: 16)")
+    parser.add_argument("--head-memory", type=positive, default=8, metavar="GiB", help="of the head (default: 8)")
     parser.add_argument("--namespace", default="phisam")
     parser.add_argument(
         "--queue", metavar="NAME", help="a LocalQueue of Kueue, which starts the run when there is room"
@@ -56,6 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.run is None) != (arguments.kind == "cluster"):
         raise ConfigError("render: --kind train and --kind sweep take a recipe or a file, --kind cluster takes none")
+    if arguments.max_workers and arguments.kind != "cluster":
+        raise ConfigError(
+            "render: a run has a fixed number of workers, so --max-workers goes with --kind cluster alone"
+        )
+    if arguments.max_workers and arguments.queue:
+        raise ConfigError("render: Kueue starts no cluster that Ray's autoscaler changes: --queue or --max-workers")
     name, description, workers = arguments.kind, "", arguments.workers or 1
     if arguments.kind == "train":
         told = [*arguments.set, *([f"scaling.num_workers={arguments.workers}"] if arguments.workers else [])]
@@ -73,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         cpus=arguments.cpus,
         memory_gib=arguments.memory,
+        head_memory_gib=arguments.head_memory,
         namespace=arguments.namespace,
         queue=arguments.queue,
         deadline_seconds=arguments.deadline,

@@ -180,6 +180,7 @@ class Driver:
             "loopback": only_loopback(),
             "retries": self.sweep.retries - trial.restarts,
             "start": trial.start,
+            "known": trial.points[-1].epoch if trial.points else 0,
             "until": until,
             "environment": executor.train_environment(),
         }

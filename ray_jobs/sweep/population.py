@@ -69,6 +69,8 @@ class Population(Stopping):
         ranked: list[tuple[float, int, int]] = []
         for member in range(self.members):
             trajectory = trials.get(member, Trajectory(()))
+            if trajectory.state == "failed":  # after the generation's last epoch too: it left no checkpoint of it
+                continue
             point = trajectory.at(self.boundaries[generation])
             if point is not None:
                 ranked.append((sort_key(point.value, self.axis.mode), member, point.epoch))

@@ -234,6 +234,7 @@ def _conclude(driver: Driver, console: Console) -> None:
     tracker.attach([], {"settings.csv": outcome.table(found, sweep.metric)})
     if best is None:
         tracker.summarize({}, counts)
+        _say_it_is_over(driver, None)
         reasons = "; ".join(sorted({t.reason for t in trials if t.status == "failed" and t.reason})[:3])
         raise RunError(f"sweep {sweep.name}: no trial came to its end ({reasons or 'all were cut'})")
     setting, trial = best
@@ -243,7 +244,8 @@ def _conclude(driver: Driver, console: Console) -> None:
         score |= {"winner/low": setting.score.low, "winner/high": setting.score.high}
     tags = {"phisam.winner": trial.run_id, "phisam.winner.trial": str(trial.index)}
     tags |= {f"phisam.winner.{key}": str(value) for key, value in trial.values.items()}
-    tracker.summarize(tags, {**counts, **score, f"winner/{sweep.metric}": float(trial.value or math.nan)})
+    assert trial.value is not None, "a setting has a score from its trials' values"
+    tracker.summarize(tags, {**counts, **score, f"winner/{sweep.metric}": trial.value})
     config = driver.config(trial)
     _keep_model(driver, trial, config)
     registered = next((e["register"] for e in reversed(driver.journal.events) if e.get("register")), None)
@@ -251,10 +253,14 @@ def _conclude(driver: Driver, console: Console) -> None:
         version = tracker.register(registered, trial.run_id, "last", _provenance(driver, trial, config))
         console.print(f"registered as {registered} version {version}, alias champion", highlight=False)
     _report(driver)
-    if not any(event["event"] == "end" for event in driver.journal.events):
-        driver.journal.append({"event": "end", "winner": trial.index, "time": time.time()})
+    _say_it_is_over(driver, trial.index)
     console.print(outcome.best_table(found, sweep.metric, sweep.better))
     console.print(f"\nwinner: trial {trial.index}, run {trial.run_id}", highlight=False)
+
+
+def _say_it_is_over(driver: Driver, winner: int | None) -> None:
+    if not any(event["event"] == "end" for event in driver.journal.events):
+        driver.journal.append({"event": "end", "winner": winner, "time": time.time()})
 
 
 def _keep_model(driver: Driver, trial: Trial, config: RunConfig) -> None:
@@ -266,6 +272,8 @@ def _keep_model(driver: Driver, trial: Trial, config: RunConfig) -> None:
     if newest is None:
         raise RunError(f"trial {trial.index}: its checkpoint is gone from {driver.leg_folder(trial, config)}")
     log_models(config, driver.checks.dataset(config), tracker, checkpoint.load(newest))
+    tracker.finish("FINISHED")  # logging a model opened the run again
+    tracker.finish("FINISHED")  # logging a model leaves its run RUNNING
 
 
 def _provenance(driver: Driver, trial: Trial, config: RunConfig) -> dict[str, str]:

@@ -165,7 +165,7 @@ class Leg:
         from ray.train.v2.torch.torch_trainer import TorchTrainer
 
         from ray_jobs.config import from_dict
-        from ray_jobs.trainer import make_trainer
+        from ray_jobs.trainer import make_trainer, saved_history
 
         class Place(WorkerGroupCallback):
             """Tells where the workers are, for the driver to free if this process dies."""
@@ -188,6 +188,9 @@ class Leg:
                 return leg._control(TrainController, controller)
 
         settings = self._settings
+        for metrics in saved_history(Path(settings["folder"])):  # saved by an earlier leg that died before it told
+            if metrics["epoch"] > settings["known"]:
+                self._events.put({"kind": "epoch", "metrics": metrics})
         trainer = make_trainer(
             _train_loop,
             from_dict(settings["config"]),

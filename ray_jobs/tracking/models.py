@@ -244,8 +244,12 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
     """A state_dict; what needs a pickle's code to be executed is refused."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path}: no weights can be read from it without executing it ({first_line(error)})") from None
+    except pickle.UnpicklingError:
+        raise RunError(
+            f"{path}: it is damaged, or holds more than tensors, which could not be read without executing code from it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise RunError(f"{path}: no weights can be read from it ({first_line(error)})") from None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise RunError(f"{path}: this is no state_dict, which has a tensor under each name")
     return weights

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
@@ -110,7 +111,9 @@ def read_text(uri: str, run_id: str, path: str) -> str | None:
     """A text artifact, such as sweep.yaml; None: the run has none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return Path(MlflowClient(uri).download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+            # Not MlflowClient's: it looks at MLflow's default store too, and makes one in the current folder.
+            file = download_artifacts(artifact_uri=f"runs:/{run_id}/{path}", dst_path=folder, tracking_uri=uri)
+            return Path(file).read_text(encoding="utf-8")
         except (MlflowException, OSError):
             return None
 

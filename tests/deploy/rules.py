@@ -66,6 +66,17 @@ def compose_is_contained(compose: Object) -> Iterator[str]:
             yield f"{name} is privileged"
 
 
+def compose_can_write_secrets(compose: Object) -> Iterator[str]:
+    """Docker Compose copies secrets that are no files of the host into the container, which must not be read-only."""
+    copied = {
+        name for kind in ("secrets", "configs") for name, how in compose.get(kind, {}).items() if "file" not in how
+    }
+    for name, service in compose["services"].items():
+        used = {item["source"] for kind in ("secrets", "configs") for item in service.get(kind, [])}
+        if service.get("read_only") and used & copied:
+            yield f"{name} is read-only, and {sorted(used & copied)} cannot be written into it"
+
+
 # texts
 
 
@@ -208,6 +219,29 @@ def nothing_speaks_by_default(objects: list[Object]) -> Iterator[str]:
         if item["kind"] == "NetworkPolicy" and spec == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}:
             return
     yield "no policy closes the namespace by default"
+
+
+def flows_are_open(objects: list[Object], flows: Iterable[tuple[Object, Object, int]]) -> Iterator[str]:
+    """For each (labels of a pod, labels of the other, port): a policy lets it out there, and one lets it in here."""
+    policies = [item["spec"] for item in objects if item["kind"] == "NetworkPolicy"]
+
+    def selects(selector: Object, labels: Object) -> bool:
+        return bool(selector.get("matchLabels", {}).items() <= labels.items())
+
+    def opened(way: str, peer: str, here: Object, there: Object, port: int) -> bool:
+        for policy in policies:
+            for rule in policy.get(way, []) if selects(policy["podSelector"], here) else []:
+                ports = {entry["port"] for entry in rule.get("ports", [])}
+                to_pods = [entry["podSelector"] for entry in rule[peer] if "podSelector" in entry]
+                if any(selects(selector, there) for selector in to_pods) and (not ports or port in ports):
+                    return True
+        return False
+
+    for start, end, port in flows:
+        if not opened("egress", "to", start, end, port):
+            yield f"{start} may not speak to {end} on {port}"
+        if not opened("ingress", "from", end, start, port):
+            yield f"{end} does not listen to {start} on {port}"
 
 
 def ray_rules(objects: Iterable[Object], ray_version: str) -> Iterator[str]:

@@ -134,10 +134,18 @@ def config_needs_root(recipe: str) -> bool:
     return recipe.startswith("paper/")
 
 
-@pytest.mark.parametrize("options", [[], ["--spot", "--max-workers", "4"], ["--queue", "team-a"]])
-@pytest.mark.parametrize("kind", ["train", "cluster"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("train", []),
+        ("train", ["--spot", "--gpus", "1"]),
+        ("train", ["--queue", "team-a"]),
+        ("sweep", []),
+        ("cluster", ["--max-workers", "4"]),
+    ],
+)
 def test_what_is_rendered_fits_the_base(kind: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["mnist5k-frob"] if kind == "train" else []
+    run = {"train": ["mnist5k-frob"], "sweep": ["digits-rho"], "cluster": []}[kind]
     objects = rendered(capsys, *run, "--kind", kind, "--workers", "2", *options)
     jsonschema.validate(objects[-1], kuberay_schema(objects[-1]["kind"]))
     problems = [
@@ -157,12 +165,119 @@ def test_the_jobs_that_lie_here_are_what_render_prints(path: Path, capsys: pytes
     assert path.read_text().partition("\n")[2] == capsys.readouterr().out
 
 
+def test_a_small_run_fits_a_laptop_s_quota(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the kind overlay says to render it."""
+    text = (DEPLOY / "overlays" / "kind" / "kustomization.yaml").read_text()
+    told = re.search("phisam render k8s (.*?)(?: \\||$)", text, re.MULTILINE)
+    assert told
+    objects = kustomized("overlays/kind")
+    hard = objects[index(objects, "ResourceQuota", "phisam")]["spec"]["hard"]
+    job = rendered(capsys, *told[1].split())[-1]
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    pods = [pod for _, pod in rules.pods([*objects, job])]
+    pods += [group["template"]["spec"]] * (group["replicas"] - 1)
+    needed = sum(
+        memory_gib(container["resources"]["requests"]["memory"]) for pod in pods for container in rules.containers(pod)
+    )
+    assert needed <= memory_gib(hard["requests.memory"])
+
+
+def memory_gib(text: str) -> float:
+    return float(text[:-2]) / {"Gi": 1, "Mi": 1024}[text[-2:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["mnist5k-frob", "--max-workers", "4"], "--max-workers goes with --kind cluster alone"),
+        (["--kind", "cluster", "--max-workers", "4", "--queue", "q"], "--queue or --max-workers"),
+        (["--kind", "cluster", "mnist5k-frob"], "--kind cluster takes none"),
+        ([], "take a recipe or a file"),
+    ],
+)
+def test_what_cannot_be_rendered_is_said(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["render", "k8s", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "check"),
+    [
+        (
+            "compose.yaml",
+            ("image: ${S3_IMAGE:?}", "imag: x"),
+            ["check-jsonschema", "--builtin-schema", "vendor.compose-spec"],
+        ),
+        ("Dockerfile", ("FROM ${BASE} AS run", "FROM debian AS run"), ["hadolint", "--failure-threshold", "info"]),
+        ("mlflow/serve.sh", ('"$1"', "$1"), ["shellcheck"]),
+        (
+            "compose.yaml",
+            ("  postgres:\n", "   postgres:\n"),
+            ["yamllint", "--strict", "-c", str(DEPLOY / ".yamllint")],
+        ),
+    ],
+)
+def test_a_linter_sees_a_mistake(name: str, change: tuple[str, str], check: list[str], tmp_path: Path) -> None:
+    text = (DOCKER / name).read_text()
+    assert change[0] in text
+    path = tmp_path / Path(name).name
+    path.write_text(text.replace(*change))
+    done = subprocess.run([str(BIN / check[0]), *check[1:], str(path)], capture_output=True, timeout=120)
+    assert done.returncode != 0
+
+
+def test_kubernetes_schema_sees_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "objects.yaml"
+    path.write_text(_kustomized("base").replace("containerPort: 5432", "containerport: 5432"))
+    done = subprocess.run([str(BIN / "kubernetes-validate"), "--strict", str(path)], capture_output=True, timeout=120)
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("kind", ["RayJob", "RayCluster"])
+def test_kuberay_s_schema_sees_a_mistake(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["mnist5k-frob"] if kind == "RayJob" else ["--kind", "cluster"]
+    item = rendered(capsys, *run)[-1]
+    cluster = item["spec"].get("rayClusterSpec", item["spec"])
+    cluster["headGroupSpecs"] = cluster.pop("headGroupSpec")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(item, kuberay_schema(kind))
+
+
 # our own rules
 
 
-def test_the_rules_find_nothing_in_compose() -> None:
+RAY, MLFLOW = {"ray.io/is-ray-node": "yes"}, {"app.kubernetes.io/name": "mlflow"}
+POSTGRES, BACKUP = {"app.kubernetes.io/name": "postgres"}, {"app.kubernetes.io/name": "postgres-backup"}
+FLOWS = [(RAY, RAY, 6379), (RAY, MLFLOW, 5000), (MLFLOW, POSTGRES, 5432), (BACKUP, POSTGRES, 5432)]
+
+
+def test_what_must_flow_may() -> None:
+    assert [*rules.flows_are_open(kustomized("base"), FLOWS)] == []
+    s3 = {"app.kubernetes.io/name": "s3"}
+    assert [*rules.flows_are_open(kustomized("overlays/kind"), [*FLOWS, (MLFLOW, s3, 7070)])] == []
+
+
+@pytest.mark.parametrize("name", ["ray", "mlflow", "postgres", "postgres-backup"])
+def test_a_policy_that_is_missing_is_found(name: str) -> None:
+    objects = kustomized("base")
+    del objects[index(objects, "NetworkPolicy", name)]
+    assert [*rules.flows_are_open(objects, FLOWS)] != []
+
+
+def merged(base: Object, over: Object) -> Object:
+    """As Docker Compose merges two files, for what ours have: sections by key, all else replaced."""
+    both = {**base, **over}
+    shared = [key for key in base if key in over and isinstance(base[key], dict)]
+    return {**both, **{key: merged(base[key], over[key]) for key in shared}}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_rules_find_nothing_in_compose(gpu: bool) -> None:
     told = compose()
+    if gpu:
+        told = merged(told, yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text()))
     assert [
+        *rules.compose_can_write_secrets(told),
         *rules.compose_names(told),
         *rules.compose_waits_for_what_gets_healthy(told),
         *rules.compose_listens_on_loopback(told),
@@ -205,6 +320,7 @@ def _set(path: str, value: object) -> Callable[[Object], None]:
 
 
 COMPOSE_MISTAKES: list[tuple[Callable[[Object], Iterator[str]], str, object]] = [
+    (rules.compose_can_write_secrets, "services/mlflow/read_only", True),
     (rules.compose_names, "services/mlflow/depends_on", {"postgress": {"condition": "service_healthy"}}),
     (rules.compose_names, "secrets/ray_token", None),
     (rules.compose_names, "configs/unused", {"content": ""}),
@@ -338,6 +454,38 @@ def test_images_are_those_of_the_lock_file() -> None:
     for overlay in OVERLAYS:
         foreign = {image for image in rules.images(kustomized(overlay)) if image.startswith("docker.io/")}
         assert foreign <= set(locked().values())
+
+
+def test_every_locked_image_has_a_tag() -> None:
+    assert len(locked()) == 5
+    assert [*rules.unpinned(locked().values())] == []
+
+
+def test_constraints_hold_all_that_the_images_install() -> None:
+    constraints = {
+        name.lower() for name in re.findall("^([^=]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    }
+    told = (
+        subprocess.run(
+            [sys.executable, str(DOCKER / "requirements.py"), "service"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        + (DOCKER / "mlflow" / "requirements.txt").read_text()
+    )
+    wanted = {name.lower() for name in re.findall(r"^[\w.-]+", told, re.MULTILINE)}
+    assert wanted <= constraints
+
+
+def test_the_dashboard_and_the_alerts_ask_for_what_there_is() -> None:
+    from ray_jobs import meters
+
+    source = Path(meters.__file__).read_text()
+    ours = {f"ray_{name}" for name in re.findall('"(phisam_[a-z_]+)"', source)}
+    asked = "".join((DEPLOY / "observability" / name).read_text() for name in ("dashboard.json", "alerts.yml"))
+    assert set(re.findall("ray_phisam_[a-z_]+", asked)) <= ours
 
 
 def test_the_lock_file_invents_no_digest() -> None:

@@ -71,12 +71,16 @@ def two() -> list[dict[str, Any]]:
     return gloo.run(2, of_a_rank)
 
 
+@pytest.fixture(scope="module")
+def one() -> dict[str, Tensor]:
+    return measured(None, "auto")
+
+
 @pytest.mark.parametrize("share", ["auto", "probes", "data", "wrapped"])
-def test_two_processes_are_one(two: list[dict[str, Any]], share: str) -> None:
+def test_two_processes_are_one(two: list[dict[str, Any]], one: dict[str, Tensor], share: str) -> None:
     """Every sharding, and a model that is wrapped in DDP, on both ranks."""
-    alone = measured(None, "auto")
     for rank in two:
-        torch.testing.assert_close(rank[share], alone, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(rank[share], one, rtol=1e-10, atol=1e-10)
 
 
 def test_probes_are_divided(two: list[dict[str, Any]]) -> None:

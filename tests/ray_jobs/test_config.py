@@ -20,6 +20,8 @@ RECIPES = [
     "cifar10-frob",
     "digits-frob",
     "digits-sgd",
+    "figure1",
+    "frob-sharpness",
     "mnist5k-asam",
     "mnist5k-det",
     "mnist5k-frob",

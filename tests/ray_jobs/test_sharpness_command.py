@@ -20,7 +20,6 @@ from torch import nn
 from ray_jobs import checkpoint, cli, config, train
 from ray_jobs.commands.sharpness import _seconds
 from ray_jobs.data import load_dataset
-from ray_jobs.errors import RunError
 from ray_jobs.models import make_model
 from ray_jobs.tracking import Tracker, provenance
 from ray_jobs.tracking.models import find_model
@@ -180,7 +179,8 @@ def test_nothing_in_a_file_is_executed(home: Home, capsys: pytest.CaptureFixture
     shutil.copy("weights.pt", folder / "state.pt")
     for path in ("weights.pt", "plain.pt", "checkpoint"):
         assert cli.main(["sharpness", path, "--run", home.description]) == 1
-        assert "cannot be read" in capsys.readouterr().err or "no weights can be read" in capsys.readouterr().err
+        told = "the checkpoint cannot be read" if path == "checkpoint" else "holds more than tensors"
+        assert told in capsys.readouterr().err
     assert not Path("executed").exists()
 
 
@@ -198,7 +198,7 @@ def test_nothing_in_a_file_is_executed(home: Home, capsys: pytest.CaptureFixture
         (["RUN", "--probes", "2"], 2, "probes: must be an integer >= 3, not 2"),
         (["RUN", "--probes", "9", "--budget", "1s"], 2, "--probes does not go with it"),
         (["RUN", "--set", "optimizer.measure=sgd", "--measures", "measure"], 2, "sgd has none"),
-        (["RUN", "--set", "training.seed=1"], 2, "training.seed"),
+        (["RUN", "--set", "training.seed=1"], 1, "it was trained on data with fingerprint"),
     ],
 )
 def test_mistakes_are_told(
@@ -209,12 +209,6 @@ def test_mistakes_are_told(
     arguments = [home.run_id if word == "RUN" else word for word in arguments]
     assert cli.main(["sharpness", *arguments]) == code
     assert told in capsys.readouterr().err
-
-
-def test_other_data_than_the_runs_is_refused(home: Home) -> None:
-    found = find_model(home.run_id)
-    with pytest.raises(RunError, match="it was trained on data with fingerprint"):
-        found.check_data(load_dataset(config.DataConfig(name="digits", fraction=0.3), 0))
 
 
 def test_two_workers_measure_as_one_does(home: Home) -> None:

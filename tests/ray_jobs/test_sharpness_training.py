@@ -31,14 +31,14 @@ from ray_jobs.sharpness.measuring import check_measurable, measured, measuring_b
 from tests.phisam import gloo
 
 MEASURES = ["frobenius_squared", "trace", "measure", "top_eigenvalues", "log_determinant", "ggn_log_determinant"]
-MEASURED = {"measures": MEASURES, "probes": 6, "lanczos_probes": 2, "examples": 40, "every": 2, "delta": [0.01]}
+MEASURED = {"measures": MEASURES, "probes": 6, "lanczos_probes": 2, "examples": 24, "every": 2, "delta": [0.01]}
 
 
 def described(measuring: dict[str, Any] | None, **sections: Any) -> config.RunConfig:
     run = {
         "name": "x",
         "data": {"name": "digits", "fraction": 0.2},
-        "model": {"name": "mlp", "width": 8, "depth": 2},
+        "model": {"name": "mlp", "width": 4, "depth": 2},
         "optimizer": {"measure": "frobenius", "rho": 0.03, "lam": 1e-3, "n_samples": 3, "base": {"name": "adam"}},
         "training": {"epochs": 3, "batch_size": 32},
         "sharpness": measuring,
@@ -142,7 +142,7 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("model", [{"name": "mlp", "width": 8, "depth": 2}, {"name": "convnet"}])
+@pytest.mark.parametrize("model", [{"name": "mlp", "width": 4, "depth": 2}, {"name": "convnet"}])
 def test_measuring_does_not_change_the_training(model: dict[str, Any], tmp_path: Path) -> None:
     """The weights, BatchNorm's statistics among them, and the generators' state are bit-equal."""
     results = []
@@ -205,7 +205,7 @@ def test_the_estimates_are_those_of_the_library_on_the_dense_hessian() -> None:
     dataset = load_dataset(run.data, 0)
     model = make_model(run.model, dataset.input_shape, dataset.num_classes, 0)
     assert run.sharpness is not None
-    batches = measuring_batches(dataset, 40, 0)
+    batches = measuring_batches(dataset, 24, 0)
     found = measured(model, batches, run.sharpness, worker.make_measure(run.optimizer), 0)
     H = sharpness.Hessian(model, cross_entropy, batches).dense()
     exact = [float(torch.linalg.eigvalsh(H)[-1]), float(H.square().sum()), float(H.trace())]

@@ -183,7 +183,7 @@ def test_a_driver_killed_anywhere_ends_with_the_same_trials_rungs_and_winner(
     sweep = sweep_of(tmp_path, name)
     expected = None
     kills = 0
-    for seed in range(12):
+    for seed in range(8):
         home = tmp_path / str(seed)
         home.mkdir()
         cluster = Cluster(random.Random(seed), 40 if seed else None)
@@ -196,7 +196,7 @@ def test_a_driver_killed_anywhere_ends_with_the_same_trials_rungs_and_winner(
         assert ended == expected, f"seed {seed}, {killed} kills"
         assert told.made == driver.ledger.n_trials  # one run a trial, however often the driver was killed
         assert len(cluster.trained) == len(set(cluster.trained))  # no epoch is trained twice
-    assert kills > 12
+    assert kills > 8
     assert expected is not None
     if "asha" in SWEEPS[name]:
         assert "cut" in {status for _, status, *_ in expected["trials"].values()}
