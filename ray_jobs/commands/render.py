@@ -8,14 +8,7 @@ from typing import Any
 from ray_jobs.commands.arguments import add_set, command, positive
 
 
-def add(commands: Any) -> None:
-    """Declares the command."""
-    parser = command(
-        commands,
-        "render",
-        run,
-        "print a run, a sweep or a cluster as Kubernetes objects",
-        """\
+TEXT = """\
 Prints what `kubectl apply -f -` takes: a ConfigMap with the description and a RayJob of KubeRay, or a RayCluster.
 
   phisam render k8s mnist5k-frob --image registry.example.com/phisam:0.1.0 | kubectl apply -f -
@@ -23,9 +16,15 @@ Prints what `kubectl apply -f -` takes: a ConfigMap with the description and a R
   phisam render k8s my-sweep.yaml --kind sweep --workers 8 --gpus 1
   phisam render k8s --kind cluster --workers 2 --gpus 1 --max-workers 8      a RayCluster to work on
 
-MLflow, claims and secrets are those of deploy/base; deploy/README.md has all of it.""",
+MLflow, claims and secrets are those of deploy/base; deploy/README.md has all of it."""
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    targets = command(commands, "render", run, "print a run, a sweep or a cluster as Kubernetes objects", TEXT)
+    parser = targets.add_subparsers(metavar="k8s", required=True).add_parser(
+        "k8s", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=["k8s"], metavar="k8s")
     parser.add_argument("run", nargs="?", metavar="RECIPE_OR_FILE")
     parser.add_argument("--kind", choices=["train", "sweep", "cluster"], default="train", help="default: train")
     parser.add_argument("--image", metavar="IMAGE", help="of docker/Dockerfile (default: phisam:VERSION)")

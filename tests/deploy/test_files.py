@@ -113,19 +113,25 @@ def test_ray_up_takes_the_cluster_file() -> None:
     jsonschema.validate(yaml.safe_load((DEPLOY / "ray" / "cluster.yaml").read_text()), schema)
 
 
-def kuberay_schema(kind: str) -> Object:
+@cache
+def _kuberay(kind: str) -> jsonschema.Draft7Validator | None:
     path = SCHEMAS / f"{kind.lower()}.schema.json"
-    if not path.exists():
+    return jsonschema.Draft7Validator(json.loads(path.read_text())) if path.exists() else None
+
+
+def kuberay_takes(item: Object) -> None:
+    """Fails if KubeRay's schema, where it is beside this checkout, refuses the object."""
+    validator = _kuberay(item["kind"])
+    if validator is None:
         pytest.skip("KubeRay's schemas are not beside this checkout")
-    loaded: Object = json.loads(path.read_text())
-    return loaded
+    validator.validate(item)
 
 
 @pytest.mark.parametrize("recipe", config.recipe_names())
 def test_every_recipe_renders_to_what_kuberay_takes(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--set", "data.root=/data"] if config_needs_root(recipe) else []
     configuration, job = rendered(capsys, recipe, "--gpus", "1", "--workers", "2", *root)
-    jsonschema.validate(job, kuberay_schema("RayJob"))
+    kuberay_takes(job)
     assert [*rules.ray_rules([job], importlib.metadata.version("ray"))] == []
     assert yaml.safe_load(configuration["data"]["run.yaml"])["scaling"]["num_workers"] == 2
 
@@ -147,7 +153,7 @@ def config_needs_root(recipe: str) -> bool:
 def test_what_is_rendered_fits_the_base(kind: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run = {"train": ["mnist5k-frob"], "sweep": ["digits-rho"], "cluster": []}[kind]
     objects = rendered(capsys, *run, "--kind", kind, "--workers", "2", *options)
-    jsonschema.validate(objects[-1], kuberay_schema(objects[-1]["kind"]))
+    kuberay_takes(objects[-1])
     problems = [
         *rules.pods_are_contained(objects),
         *rules.pods_say_what_they_need(objects),
@@ -240,7 +246,7 @@ def test_kuberay_s_schema_sees_a_mistake(kind: str, capsys: pytest.CaptureFixtur
     cluster = item["spec"].get("rayClusterSpec", item["spec"])
     cluster["headGroupSpecs"] = cluster.pop("headGroupSpec")
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(item, kuberay_schema(kind))
+        kuberay_takes(item)
 
 
 # our own rules
