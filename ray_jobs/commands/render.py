@@ -7,7 +7,6 @@ from typing import Any
 
 from ray_jobs.commands.arguments import add_set, command, positive
 
-
 TEXT = """\
 Prints what `kubectl apply -f -` takes: a ConfigMap with the description and a RayJob of KubeRay, or a RayCluster.
 
