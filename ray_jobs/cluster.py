@@ -46,7 +46,7 @@ def _start(address: str | None, num_workers: int, verbose: bool) -> None:
         else:
             cpus = max(os.cpu_count() or 1, num_workers)  # workers on one machine may share a core
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a node that does not come up in time, ray.init raises just that
         raise RunError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from None
 
 
