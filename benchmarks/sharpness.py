@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -113,6 +114,8 @@ def resident(field: str) -> float:
 
 def memory(probes: int, chunk: int) -> float:
     """`peak` in a process of its own."""
+    # glibc raises this threshold by itself, and then keeps freed tensors: their fragments would be measured.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=peak, args=(probes, chunk, results))

@@ -53,6 +53,7 @@ def per_probe(
         if values is None:
             values = torch.zeros(probes, kept.shape[1], dtype=torch.float64, device=curvature.device)
         values[part.start : part.stop : part.step] = kept.double()
+        del V, HV  # before the next ones are made
         if progress is not None:
             progress(probes * done // len(own), probes)
     if values is None:  # more ranks than probes

@@ -21,8 +21,11 @@ from ray_jobs.bench.timing import Clock
 
 def _defining(base_class: type, names: Sequence[str]) -> list[tuple[Any, str]]:
     """A class and those derived from it, each with the methods that it defines itself."""
-    classes = [base_class, *base_class.__subclasses__()]
-    return [(owner, name) for name in names for owner in classes if name in vars(owner)]
+    return [(owner, name) for name in names for owner in _family(base_class) if name in vars(owner)]
+
+
+def _family(base_class: type) -> list[type]:
+    return [base_class, *(heir for child in base_class.__subclasses__() for heir in _family(child))]
 
 
 PARTS: dict[str, list[tuple[Any, str]]] = {

@@ -25,7 +25,7 @@ Makes a figure of the paper again, with its numbers beside it.
   phisam reproduce figure2
 
 figure1 trains a network for each curve and seed, as runs of their own in MLflow. Stopped, it goes on where it was when
-the same command is given again; what is finished is not trained twice. docs/results/figure1.md says what came out.""",
+the same command is given again; what is finished is not trained twice.""",
     )
     parser.add_argument("figure", choices=["figure1", "figure2"])
     parser.add_argument("--data", choices=["mnist5k", "fashion_mnist", "mnist"], default="mnist5k")

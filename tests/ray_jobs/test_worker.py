@@ -295,7 +295,7 @@ def test_a_checkpoint_resumes_the_grad_scaler(monkeypatch: pytest.MonkeyPatch, t
 
     again, other, its_scaler = fresh()
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: kept)
-    assert worker._resume(again, other, its_scaler)[2] == 1
+    assert worker._resume(again, other, its_scaler, None)[2] == 1
     train(again, other, 10)
     assert json.dumps(its_scaler.state_dict()) == json.dumps(scaler.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -126,8 +126,8 @@ SENTENCES: dict[str, tuple[tuple[str, str], list[str]]] = {
         ("name: lines", f"name: lines\nx: {list(range(99))}"),
         [
             "run.yaml:2: x: unknown key (value [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16...). "
-            "Allowed: name, description, data, model, optimizer, schedule, training, scaling, "
-            "tracking, checkpoint, sharpness"
+            "Allowed: name, description, data, model, optimizer, schedule, training, sharpness, "
+            "scaling, tracking, checkpoint"
         ],
     ),
     "two keys twice, and more": (
