@@ -25,7 +25,10 @@ def _defining(base_class: type, names: Sequence[str]) -> list[tuple[Any, str]]:
 
 
 def _family(base_class: type) -> list[type]:
-    return [base_class, *(heir for child in base_class.__subclasses__() for heir in _family(child))]
+    heirs = [base_class]
+    for child in base_class.__subclasses__():
+        heirs += _family(child)
+    return heirs
 
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
