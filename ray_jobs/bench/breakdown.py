@@ -26,7 +26,8 @@ def _defining(base_class: type, names: Sequence[str]) -> list[tuple[Any, str]]:
 
 def _family(base_class: type) -> list[type]:
     heirs = [base_class]
-    for child in base_class.__subclasses__():
+    children: list[type] = base_class.__subclasses__()
+    for child in children:
         heirs += _family(child)
     return heirs
 
