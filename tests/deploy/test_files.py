@@ -106,11 +106,18 @@ def test_yaml_files_pass_yamllint() -> None:
     tool("yamllint", "--strict", "-c", str(DEPLOY / ".yamllint"), str(DOCKER), str(DEPLOY))
 
 
-def test_ray_up_takes_the_cluster_file() -> None:
+def ray_up_takes(cluster: Object) -> None:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__path__[0]) / "ray-schema.json").read_text())
-    jsonschema.validate(yaml.safe_load((DEPLOY / "ray" / "cluster.yaml").read_text()), schema)
+    jsonschema.validate(cluster, schema)
+
+
+def test_ray_up_takes_the_cluster_file() -> None:
+    cluster = yaml.safe_load((DEPLOY / "ray" / "cluster.yaml").read_text())
+    ray_up_takes(cluster)
+    with pytest.raises(jsonschema.ValidationError, match="min_workers"):
+        ray_up_takes({**cluster, "min_workers": 2})
 
 
 @cache
