@@ -89,6 +89,7 @@ class Layout:
     scope: Scope = "global"
     perturb_fraction: float = 1.0
     micro_batches: int = 1
+    lam: float | None = 1.0  # of a step with the term; None: it changes from step to step
 
     @property
     def world_size(self) -> int:
@@ -121,12 +122,18 @@ class Layout:
         """m: components of psi, each a row of d numbers on ranks with several points."""
         return len(self.measure.slopes(torch.zeros(()), 1)[0]) if len(self.evaluations) > 1 else 0
 
+    @property
+    def x_counts(self) -> bool:
+        """Whether grad L(x) is kept for g; SAM with lam = 1 has it as its direction alone."""
+        known = None if self.lam is None else self.measure.weight_at_x(self.lam)
+        return self.perturb_fraction < 1 or not self.deal.everywhere(0) or known != 0
+
     def rows_held(self, sample_rank: int) -> int:
         """Rows that a sample rank has before its last point: gradients at x, and m sums over perturbed points."""
         earlier = self.points(sample_rank)[:-1]
         if sample_rank > 0 and self.deal.everywhere(0):
             earlier = earlier[1:]  # the gradient at x is rank 0's to keep
-        return earlier.count(0) + (self.rows if any(earlier) else 0)
+        return (earlier.count(0) if self.x_counts else 0) + (self.rows if any(earlier) else 0)
 
     def collectives(self, d: int, item_bytes: int) -> list[Collective]:
         """Of one step through DDP, in order."""
@@ -264,6 +271,7 @@ class Model:
             settings.scope,
             settings.perturb_fraction,
             self.config.training.micro_batches,
+            None if settings.lam_schedule else settings.every * settings.lam,
         )
 
     def fitted(self, layout: Layout) -> Layout:

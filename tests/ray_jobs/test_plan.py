@@ -40,10 +40,14 @@ class Case:
     scope: Any = "global"
     perturb_fraction: float = 1.0
     micro_batches: int = 1
+    lam: float = 1.0
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.measure, self.n, W // self.S, self.S, self.scope, self.perturb_fraction, self.micro_batches)
+        data_size, lam = W // self.S, self.lam
+        return Layout(
+            self.measure, self.n, data_size, self.S, self.scope, self.perturb_fraction, self.micro_batches, lam
+        )
 
 
 SYMMETRIC = phisam.frobenius().with_noise(phisam.gaussian().symmetric())
@@ -58,6 +62,7 @@ CASES = {
     "one noise a component": Case(phisam.frobenius().with_noise([phisam.gaussian(), phisam.rademacher()]), 3, 2),
     "sgd": Case(phisam.sgd(), 1, 2),
     "sam": Case(phisam.sam(), 1, 1),
+    "sam with a part at x": Case(phisam.sam(), 1, 1, lam=0.5),
     "sam on sample ranks": Case(phisam.sam(), 1, 4),
     "sam of a shard": Case(phisam.asam(), 1, 1, "shard"),
     "symmetric": Case(SYMMETRIC, 3, 2),
@@ -139,6 +144,7 @@ def run(
             model,
             torch.optim.SGD(network.parameters(), lr=0.1),
             case.measure,
+            lam=case.lam,
             n_samples=case.n,
             mesh=phisam.sample_mesh(case.n, case.S, measure=case.measure),
             scope=case.scope,
