@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/phisam train mnist5k-sgd mnist5k-frob
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
