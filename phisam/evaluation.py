@@ -89,10 +89,13 @@ class Evaluator:
         self._restart = restart
         self._loss_scale = loss_scale
 
-    def evaluate(self, evaluation: Evaluation, rho: float, rho_scales: Sequence[float], last: bool) -> Evaluated:
+    def evaluate(
+        self, evaluation: Evaluation, rho: float, rho_scales: Sequence[float], last: bool, loss_alone: bool = False
+    ) -> Evaluated:
         """L_e with the graph of its last pass. `evaluation.draw`, if any, was drawn into the perturbation.
 
         last: the backward of the graph will be the last of the step on this rank, the one that reduces.
+        loss_alone: nobody will ask for grad L_e, so that no pass has a backward.
         """
         signs = evaluation.draw.noise.signs if evaluation.draw else (0,)
         passes = [(sign, closure) for sign in signs for closure in self._closures]
@@ -108,7 +111,7 @@ class Evaluator:
                 losses.append(loss.detach().double())
                 graph = loss if len(passes) == 1 else loss / len(passes)
                 graph = graph if self._loss_scale is None else graph * self._loss_scale
-            if not final:
+            if not final and not loss_alone:
                 partial = self._added(partial, graph)
         if evaluation.keeps_buffers:
             self._buffers.keep()

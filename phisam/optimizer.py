@@ -164,7 +164,10 @@ class PhiSAM(Optimizer):
 
     @property
     def gradient_evaluations_per_step(self) -> float:
-        """Forward-and-backward passes over the global batch, mean over steps: n + 1, or 1 + n / k with every = k."""
+        """Forward-and-backward passes over the global batch, mean over steps: n + 1, or 1 + n / k with every = k.
+
+        Also where trace with lam = 1 leaves out the backward at x, whose weight is 0: methods are compared by n + 1.
+        """
         evaluations = self.measure.evaluations(self.n_samples)
         if len(evaluations) == 1:
             return 1.0
@@ -234,7 +237,9 @@ class PhiSAM(Optimizer):
         measure, lam = (self.measure, self.every * self.lam) if self._step % self.every == 0 else (sgd(), 0.0)
         evaluations, seen, whole = plan(measure, self.n_samples, self.perturb_fraction, mesh.sample_size)
         split = seen != whole
-        at_x_counts = split or measure.weight_at_x(lam) != 0  # SAM with lam = 1 needs grad L_0 for its direction alone
+        at_x_counts = split or measure.weight_at_x(lam) != 0  # trace and SAM with lam = 1: g has no part of grad L_0
+        # FSDP2 holds a network gathered until its backward.
+        x_is_loss_alone = not (at_x_counts or measure.needs_gradient or self._wrapping.reduces_every_backward)
         deal = Deal(len(evaluations), mesh.sample_size, measure.needs_gradient)
         exchange = LossExchange(mesh, deal, self.scope)
         rows = Rows(len(parameters))
@@ -244,13 +249,17 @@ class PhiSAM(Optimizer):
             assert index is not None
             evaluation = evaluations[index]
             self._draw(evaluation, direction)
-            evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=False)
+            loss_alone = evaluation.draw is None and x_is_loss_alone
+            evaluated = evaluator.evaluate(evaluation, rho, rho_scales, last=False, loss_alone=loss_alone)
             L_e = exchange.report(round, evaluated.loss)
+            if loss_alone:
+                del evaluated  # the graph: a third to a half of an evaluation is saved
+                continue
             gradient = evaluator.gradient(evaluated)
             if evaluation.draw is not None:
                 delta = (L_e - exchange.first_losses[seen]) / rho**2
                 rows.add(gradient, *measure.slopes(delta, evaluation.point))
-            elif not deal.everywhere(round) or (mesh.sample_rank == 0 and at_x_counts):
+            elif at_x_counts and (mesh.sample_rank == 0 or not deal.everywhere(round)):
                 rows.add_unperturbed(index, gradient)
             if index == 0 and measure.needs_gradient:
                 direction = self._direction(gradient)

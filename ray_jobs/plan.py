@@ -15,9 +15,9 @@ Not in it: reading data, validation, checkpoints, ranks that are slower than oth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import ceil, prod
 from typing import Literal
 
 import torch
@@ -107,6 +107,11 @@ class Layout:
         passes = len(evaluation.draw.noise.signs) if evaluation.draw else 1
         return passes, 1.0 if evaluation.part is whole else self.perturb_fraction
 
+    def share(self, index: int) -> float:
+        """Of an evaluation's time: x without its backward takes a third, if no other rank is busy meanwhile."""
+        needed = self.x_counts or self.measure.needs_gradient or self.sample_size > 1
+        return 1.0 if index > 0 or needed else 1 - BACKWARD
+
     @cached_property
     def deal(self) -> Deal:
         """Who evaluates what."""
@@ -124,9 +129,9 @@ class Layout:
 
     @property
     def x_counts(self) -> bool:
-        """Whether grad L(x) is kept for g; SAM with lam = 1 has it as its direction alone."""
+        """Whether g has a part of grad L(x); with lam = 1 trace needs none, and SAM as its direction alone."""
         known = None if self.lam is None else self.measure.weight_at_x(self.lam)
-        return self.perturb_fraction < 1 or not self.deal.everywhere(0) or known != 0
+        return self.perturb_fraction < 1 or known != 0
 
     def rows_held(self, sample_rank: int) -> int:
         """Rows that a sample rank has before its last point: gradients at x, and m sums over perturbed points."""
@@ -313,20 +318,23 @@ class Model:
         example = self.workload.device_seconds(training.batch_size, hardware, self.precision) / training.batch_size
 
         def one_pass(part: float) -> float:
-            examples = math.ceil(part * self._examples(layout) - 1e-9)
+            examples = ceil(part * self._examples(layout) - 1e-9)
             return self.workload.device_seconds(examples, hardware, self.precision)
 
         evaluating = busy = last_pass = 0.0
         host = hardware.seconds_per_step + layout.deal.rounds * hardware.seconds_per_point
         for round in range(layout.deal.rounds):
-            dealt = [layout.passes(index) for index in layout.deal.evaluations(round)]
-            if len(dealt) < layout.sample_size and not layout.deal.everywhere(round):
-                dealt.append(layout.passes(0))  # who has no point does not wait: DDP needs a backward of it
-            evaluating += max(passes * passes_of_share * one_pass(part) for passes, part in dealt)
-            busy += max(passes * part for passes, part in dealt) * training.batch_size / layout.data_size * example
+            indices = list(layout.deal.evaluations(round))
+            if len(indices) < layout.sample_size and not layout.deal.everywhere(round):
+                indices.append(0)  # who has no point does not wait: DDP needs a backward of it
+            dealt = [layout.passes(index) for index in indices]
+            work = [layout.share(index) * passes for index, (passes, _) in zip(indices, dealt, strict=True)]
+            parts = [part for _, part in dealt]
+            evaluating += passes_of_share * max(map(prod, zip(work, map(one_pass, parts), strict=True)))
+            busy += max(map(prod, zip(work, parts, strict=True))) * training.batch_size / layout.data_size * example
             host += max(passes for passes, _ in dealt) * passes_of_share * self.workload.host_seconds(hardware)
-            last_pass = max(one_pass(part) for _, part in dealt)
-        shares = [math.prod(layout.passes(index)) for index in range(len(layout.evaluations))]
+            last_pass = max(map(one_pass, parts))
+        shares = [layout.share(index) * prod(layout.passes(index)) for index in range(len(layout.evaluations))]
         perfect = sum(shares) * training.batch_size * example / W
         vectors, launches = self.vector_seconds(layout)
         host += launches

@@ -96,6 +96,32 @@ def test_lam_0_is_the_base_optimizer_bit_for_bit(name: str, base: str) -> None:
     assert_bit_equal(state(model), state(plain))
 
 
+@pytest.mark.parametrize(
+    ("measure", "lam", "micro_batches", "backwards"),
+    [
+        (phisam.trace(), 1.0, 1, 3),
+        (phisam.trace(), 1.0, 2, 6),
+        (phisam.trace(), 0.5, 1, 4),
+        (phisam.frobenius(), 1.0, 1, 4),
+        (phisam.sam(), 1.0, 1, 2),  # its direction is the gradient at x
+    ],
+)
+def test_x_has_no_backward_where_its_weight_is_known_to_be_0(
+    measure: phisam.Measure, lam: float, micro_batches: int, backwards: int
+) -> None:
+    model = nn.Linear(4, 3)
+    seen: list[int] = []
+
+    def closure() -> Tensor:
+        outputs = model(examples()[0])
+        outputs.register_hook(lambda _: seen.append(1))
+        return outputs.square().mean()
+
+    opt = phisam.PhiSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), measure, lam=lam, n_samples=3)
+    opt.step([closure] * micro_batches)
+    assert len(seen) == backwards
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_only_point_0_changes_buffers(name: str) -> None:
     model, opt = make(MEASURES[name]())
