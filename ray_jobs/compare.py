@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ray_jobs.errors import ConfigError, RunError
 from ray_jobs.explain import nearest
+from ray_jobs.formatting import short
 from ray_jobs.results import (
     FEW_SEEDS,
     Interval,
@@ -22,7 +23,6 @@ from ray_jobs.results import (
     paired,
     selection_metric,
     settings,
-    short,
 )
 
 # What must be equal for two numbers to answer the same question.
@@ -331,8 +331,8 @@ def resolved(records: Sequence[RunRecord], key: str) -> str:
 
 
 def _check_metric(records: Sequence[RunRecord], metric: str) -> None:
-    known = sorted({name for record in records for name in record.curves})
-    if metric not in known:
+    known = sorted({name for record in records for name in record.reported.union(record.curves)})
+    if not any(metric in record.curves for record in records):
         raise ConfigError(
             f"none of these runs reports {metric!r}.{nearest(metric, known)} Reported: {', '.join(known) or 'nothing'}"
         )

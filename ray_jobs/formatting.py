@@ -1,11 +1,16 @@
-"""How numbers are written in tables, so that the terminal and the report say the same."""
+"""How numbers and settings are written in tables, so that the terminal and the report say the same."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.progress import duration
-from ray_jobs.results import Interval
+from ray_jobs.yaml_source import shown as as_yaml
+
+if TYPE_CHECKING:
+    from ray_jobs.results import Interval
 
 
 def shown(metric: str, value: float) -> str:
@@ -43,3 +48,38 @@ def axis_value(axis: str, value: float) -> str:
     if axis == "seconds":
         return duration(value) if value >= 10 else f"{value:.2g} s"
     return f"{value:,.0f}"
+
+
+# settings
+
+
+def short(key: str) -> str:
+    """optimizer.base.lr -> lr, optimizer.n_samples -> n, data.name -> data."""
+    head, _, last = key.rpartition(".")
+    if last == "name" and head:
+        return short(head)
+    return "n" if last == "n_samples" else last
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """The short name of each key; the whole key where another has the same short name."""
+    names = [short(key) for key in keys]
+    return [name if names.count(name) == 1 else key for key, name in zip(keys, names, strict=True)]
+
+
+def brief(value: Any, digits: int = 3) -> str:
+    """A setting's value: real numbers to so many digits, also where MLflow has them as text; a section in words."""
+    if isinstance(value, dict):
+        parts = (f"{'' if key == 'name' else f'{key}='}{brief(part, digits)}" for key, part in value.items())
+        return " ".join(parts)
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return _brief_text(value, digits) if isinstance(value, str) else as_yaml(value)
+
+
+def _brief_text(text: str, digits: int) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return text if text.lstrip("+-").isdecimal() else f"{number:.{digits}g}"

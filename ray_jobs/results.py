@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ray_jobs.formatting import brief, short
+
 AXES = ("epochs", "gradient_evaluations", "seconds")
 SEED = "training.seed"
 LEVEL = 0.95
@@ -55,6 +57,7 @@ class RunRecord:
         spent: gradient_evaluations and seconds in all, with what a stopped trial trained on after its last epoch that
             counts.
         started_ms: when it began, since 1970.
+        reported: names of all metrics that it has, also of those whose curves were not read.
     """
 
     run_id: str
@@ -66,6 +69,7 @@ class RunRecord:
     curves: Mapping[str, Curve]
     spent: Mapping[str, float] = field(default_factory=dict)
     started_ms: int = 0
+    reported: frozenset[str] = frozenset()
 
     def at(self, metric: str, axis: str = "epochs", budget: float | None = None) -> float | None:
         """The metric at the last epoch that lies within the budget on the axis; budget None: at the last one.
@@ -173,11 +177,6 @@ def varied(described: Sequence[Mapping[str, str]]) -> list[str]:
     return differing
 
 
-def short(key: str) -> str:
-    """optimizer.measure.sparsity -> sparsity; rho, lam and n by their letters."""
-    return {"n_samples": "n", "data.name": "data", "model.name": "model"}.get(key, key.rpartition(".")[2])
-
-
 def _labels(described: Sequence[Mapping[str, str]]) -> list[str]:
     """Names that are as short as they can be: of a setting's measure, and of what tells it from the same measure's."""
     order = {"data.name": 0, "data.fraction": 1, "measure": 2, "rho": 3, "lam": 4, "n_samples": 5}
@@ -187,17 +186,9 @@ def _labels(described: Sequence[Mapping[str, str]]) -> list[str]:
     labels = []
     for params in described:
         keys = sorted({*own[params.get("measure")], *across}, key=lambda key: (order.get(key, 9), key))
-        parts = [f"{short(key)}={_number(params[key])}" for key in keys if key in params and key not in across]
+        parts = [f"{short(key)}={brief(params[key])}" for key in keys if key in params and key not in across]
         labels.append(" ".join([*(params[key] for key in across if key in params), params.get("measure", "?"), *parts]))
     return labels
-
-
-def _number(text: str) -> str:
-    """Three digits are enough to tell settings apart for the eye."""
-    try:
-        return f"{float(text):.3g}"
-    except ValueError:
-        return text
 
 
 # statistics

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ray_jobs.report.content import mean_of, state
 from ray_jobs.report.plots import Figure, describe, layout, log_axis, rounded, tick_format, title
-from ray_jobs.results import RunRecord, Setting, settings, short
+from ray_jobs.formatting import brief, short
+from ray_jobs.results import RunRecord, Setting, settings
 
 MOST_CELLS = 80  # of a heat map that still shows its numbers
 SCALE = "Viridis"  # reads the same with every colour vision
@@ -248,7 +249,7 @@ def _dimension(key: str, texts: Sequence[str | None]) -> Figure:
     if not all(map(math.isfinite, numbers)) or len(set(known)) <= 2:
         words = sorted(set(known), key=lambda text: (_number(text), text)) + ["-"] * (len(known) < len(texts))
         places = [words.index("-" if text is None else text) for text in texts]
-        return {"label": label, "values": places, "tickvals": list(range(len(words))), "ticktext": [*map(_told, words)]}
+        return {"label": label, "values": places, "tickvals": list(range(len(words))), "ticktext": [brief(word, 6) for word in words]}
     positive = [number for number in numbers if number > 0]
     log = min(numbers) >= 0 and max(positive) >= 20 * min(positive)
     scaled = [_log10(number) if log else number for number in numbers]
@@ -268,11 +269,6 @@ def _dimension(key: str, texts: Sequence[str | None]) -> Figure:
 
 def _log10(number: float) -> float:
     return math.log10(number) if number > 0 else -math.inf
-
-
-def _told(text: str) -> str:
-    """0.0 as 0; words as they are."""
-    return f"{_number(text):g}" if math.isfinite(_number(text)) else text
 
 
 def _number(text: str) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 from markupsafe import Markup
 
 from ray_jobs.compare import Comparison, Row
-from ray_jobs.formatting import axis_value, difference, p_value, shown, shown_interval
+from ray_jobs.formatting import axis_value, brief, difference, p_value, short, short_names, shown, shown_interval
 from ray_jobs.report import content
 from ray_jobs.report.content import TEST, Method
 from ray_jobs.report.plots import title
-from ray_jobs.results import Interval, RunRecord, Setting, interval, short
+from ray_jobs.results import Interval, RunRecord, Setting, interval
 
 
 def winner(setting: Setting | None, metric: str, settings: int) -> dict[str, Any] | None:
@@ -22,7 +22,7 @@ def winner(setting: Setting | None, metric: str, settings: int) -> dict[str, Any
     if setting is None:
         return None
     keys = [key for key in ("rho", "lam", "n_samples", "strength") if key in setting.params]
-    where = ", ".join(f"{short(key)} = {_short_number(setting.params[key])}" for key in keys)
+    where = ", ".join(f"{short(key)} = {brief(setting.params[key])}" for key in keys)
     seeds = len(setting.values(metric))
     cards = []
     for name in dict.fromkeys([TEST, metric]):
@@ -37,13 +37,6 @@ def winner(setting: Setting | None, metric: str, settings: int) -> dict[str, Any
         "where": f"{where}; {seeds} seed{'s' * (seeds != 1)}",
         "cards": cards,
     }
-
-
-def _short_number(text: str) -> str:
-    try:
-        return f"{float(text):.3g}"
-    except ValueError:
-        return text
 
 
 def _spread(metric: str, over: Interval) -> str:
@@ -160,7 +153,7 @@ class Cell:
 def trials(records: Sequence[RunRecord], metric: str) -> tuple[list[str], set[str], list[list[Cell]]]:
     """Headings, those of words, and a row for each trial."""
     keys = content.trial_parameters(records)
-    names = [short(key) if sum(short(key) == short(other) for other in keys) == 1 else key for key in keys]
+    names = short_names(keys)
     sharp = content.sharpness_metric(records)
     metrics = list(dict.fromkeys([metric, TEST, "loss/train", sharp]))
     metrics = [name for name in metrics if any(name in run.curves for run in records)]
@@ -192,9 +185,10 @@ def _parameter(text: str | None) -> Cell:
     if text is None:
         return Cell("-", sort="", word=False)
     try:
-        return Cell(f"{float(text):.3g}", sort=text)
+        float(text)
     except ValueError:
         return Cell(text, word=True)
+    return Cell(brief(text), sort=text)
 
 
 def _value(metric: str, value: float | None) -> Cell:

@@ -9,6 +9,9 @@ from typing import Any
 
 from ray_jobs.errors import RunError
 
+DESCRIPTION, JOURNAL = "sweep.yaml", "journal.jsonl"
+"""In a sweep's folder."""
+
 Event = dict[str, Any]
 
 
@@ -27,6 +30,7 @@ class Journal:
         self.events, whole = _read(path)
         self._file = path.open("ab")
         self._file.truncate(whole)
+        _sync_folder(path.parent)
 
     def append(self, event: Event) -> None:
         """Returns when the event is on disk."""
@@ -43,6 +47,26 @@ class Journal:
 def read_journal(path: Path) -> list[Event]:
     """The whole events of a journal that someone else may be writing."""
     return _read(path)[0]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, and on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> tuple[list[Event], int]:

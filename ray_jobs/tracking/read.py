@@ -16,10 +16,9 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs.errors import RunError
 from ray_jobs.results import Curve, RunRecord, better_is_more
-from ray_jobs.tracking.server import asked, find_run
+from ray_jobs.tracking.server import asked, find_run, search_runs
 
 READERS = 8  # MLflow gives one metric of one run at a time
-PAGE = 1000
 COSTS = ("gradient_evaluations", "seconds")
 NOT_READ = ("seconds_per_step", "examples_per_second", "lr", "system/")  # nothing is compared by them
 
@@ -47,7 +46,7 @@ def read_children(uri: str, parent_id: str, metrics: Sequence[str] | None = None
     client = MlflowClient(uri)
     with asked(uri, f"list the trials of {parent_id}"):
         experiment = client.get_run(parent_id).info.experiment_id
-        found = _search(client, [experiment], f"tags.`mlflow.parentRunId` = '{parent_id}'")
+        found = search_runs(client, [experiment], f"tags.`mlflow.parentRunId` = '{parent_id}'")
     records = _records(uri, client, found, metrics)
     return sorted(records, key=lambda record: (-1 if record.trial is None else record.trial, record.started_ms))
 
@@ -64,7 +63,7 @@ def select(uri: str, names_or_ids: Sequence[str], metrics: Sequence[str] | None 
     if not uri.startswith("sqlite:") or store.exists():  # a look must not make a store
         with asked(uri, "list its runs"):
             experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-            runs = _search(client, experiments, "")
+            runs = search_runs(client, experiments)
     chosen: dict[str, Run] = {}
     for name in names_or_ids:
         found = [run for run in runs if run.info.run_id.startswith(name)] if len(name) >= 8 else []
@@ -126,18 +125,6 @@ def _members(runs: Iterable[Run], run: Run) -> list[Run]:
     return sorted(trials, key=lambda trial: int(trial.data.tags.get("phisam.trial", -1)))
 
 
-def _search(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:
-    """All runs that a query finds, newest first."""
-    found: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
 def _records(uri: str, client: MlflowClient, runs: Iterable[Run], metrics: Sequence[str] | None) -> list[RunRecord]:
     with asked(uri, "give its metrics"), ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(lambda run: _record(client, run, metrics), runs))
@@ -158,6 +145,7 @@ def _record(client: MlflowClient, run: Run, metrics: Sequence[str] | None) -> Ru
         curves={metric: curve for metric, curve in curves.items() if curve.epochs},
         spent={cost: run.data.metrics[cost] for cost in COSTS if cost in run.data.metrics},
         started_ms=info.start_time or 0,
+        reported=frozenset(run.data.metrics),
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -16,6 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs.config import TrackingConfig
 from ray_jobs.errors import RunError, first_line
+
+PAGE = 1000
 
 
 def tracking_uri(config: TrackingConfig, runs: Path) -> str:
@@ -40,7 +42,7 @@ def find_run(uri: str, name_or_id: str) -> Run:
     Raises:
         RunError: there is none, or several.
     """
-    runs: Sequence[Run] = []
+    runs: list[Run] = []
     store = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:") or store.exists():  # a look must not make a store
         runs = _runs(uri)
@@ -54,11 +56,22 @@ def find_run(uri: str, name_or_id: str) -> Run:
     return found[0]
 
 
-def _runs(uri: str) -> Sequence[Run]:
+def _runs(uri: str) -> list[Run]:
     client = MlflowClient(uri)
     with asked(uri, "list its runs"):
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        return client.search_runs(experiments, max_results=10_000)
+        return search_runs(client, [experiment.experiment_id for experiment in client.search_experiments()])
+
+
+def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
+    """All runs that a query finds, newest first, however many they are."""
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def experiment(client: MlflowClient, name: str, runs: Path | None) -> str:

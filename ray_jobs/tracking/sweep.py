@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from ray_jobs.config import RunConfig
-from ray_jobs.errors import RunError
-from ray_jobs.tracking.server import asked, experiment, quiet
-from ray_jobs.tracking.tracker import Metrics, Tracker
+from ray_jobs.config import RunConfig, dump_yaml
+from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.tracking.server import asked, experiment, quiet, search_runs
+from ray_jobs.tracking.tracker import Tracker, parameters
 
-RETRY_SECONDS = 5.0
 MAX_PARAM = 6000  # MLflow's limit of a parameter's length
+MAX_MODEL_NAME = 256  # of the column in MLflow's databases
 CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a trial's run says from its beginning. text: its resolved description, None where its values make no run."""
+
+    name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    text: str | None
+
+    @classmethod
+    def of(cls, config: RunConfig, tags: Mapping[str, str]) -> Child:
+        """As a single run of this description has it."""
+        params = {key: str(value) for key, value in parameters(config).items()}
+        tags = {**tags, "mlflow.note.content": config.description, **config.tracking.tags}
+        return cls(config.name, params, tags, dump_yaml(config))
 
 
 class SweepTracker:
@@ -29,53 +44,65 @@ class SweepTracker:
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(uri)
+        self._asked_for: dict[int, str | None] = {}
         with asked(uri, f"give run {run_id}"):
-            self._experiment = self._client.get_run(run_id).info.experiment_id
+            run = self._client.get_run(run_id)
+        self._experiment = run.info.experiment_id
+        self._described = bool(run.data.params)
 
     @classmethod
-    def start(
-        cls, uri: str, runs: Path, experiment_name: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> SweepTracker:
+    def start(cls, uri: str, runs: Path, experiment_name: str, name: str, tags: Mapping[str, str]) -> SweepTracker:
         """A new parent."""
         client = MlflowClient(uri)
         with asked(uri, "start a sweep"):
             found = experiment(client, experiment_name, runs if uri.startswith("sqlite:") else None)
-            run_id = client.create_run(found, run_name=name).info.run_id
-            client.log_batch(
-                run_id,
-                params=[Param(key, value[:MAX_PARAM]) for key, value in params.items()],
-                tags=[RunTag(key, value) for key, value in {**tags, "phisam.kind": "sweep"}.items()],
+            run = client.create_run(found, run_name=name, tags={**tags, "phisam.kind": "sweep"})
+        return cls(uri, run.info.run_id)
+
+    def describe(self, params: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        """What the parent says from its beginning; nothing if it says so already."""
+        if self._described:
+            return
+        self.attach([], texts)
+        with asked(self.uri, "take the sweep's parameters"):
+            self._client.log_batch(
+                self.run_id, params=[Param(key, value[:MAX_PARAM]) for key, value in params.items()]
             )
-        return cls(uri, run_id)
+        self._described = True
 
-    def children(self) -> dict[int, Run]:
-        """Trial -> its run; where a crash left two, the newer."""
-        query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
-        found: dict[int, Run] = {}
-        token = None
+    def children(self) -> list[Run]:
+        """The trials' runs, newest first: of a trial more than one where an answer of MLflow was lost."""
         with asked(self.uri, f"list the trials of {self.run_id}"):
-            while True:
-                page = self._client.search_runs([self._experiment], query, max_results=1000, page_token=token)
-                for run in page:
-                    found.setdefault(int(run.data.tags["phisam.trial"]), run)
-                token = page.token
-                if not token:
-                    return found
+            found = search_runs(self._client, [self._experiment], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
+        return [run for run in found if trial_of(run) is not None]
 
-    def child(self, runs: Path, index: int, config: RunConfig, tags: Mapping[str, str]) -> str:
-        """A new child's id."""
+    def child(self, index: int, told: Child) -> str:
+        """The id of a new run for a trial, which says all of `told`. After an error it may be asked for again."""
+        run_id = self._asked_for.get(index)
+        if run_id is None and index in self._asked_for:  # the answer may have been lost, not the question
+            run_id = next((run.info.run_id for run in self.children() if trial_of(run) == index), None)
+        self._asked_for[index] = run_id
         own = {"mlflow.parentRunId": self.run_id, "phisam.kind": "trial", "phisam.trial": str(index)}
-        return Tracker.start(self.uri, runs, config, {**tags, **own}).run_id
+        with asked(self.uri, f"start the run of trial {index}"):
+            if run_id is None:
+                made = self._client.create_run(self._experiment, run_name=told.name, tags={**told.tags, **own})
+                run_id = made.info.run_id
+            self._asked_for[index] = run_id
+            params = [Param(key, value[:MAX_PARAM]) for key, value in told.params.items()]
+            self._client.log_batch(run_id, params=params)
+            if told.text is not None:
+                self._client.log_text(run_id, told.text, "run.yaml")
+        return run_id
 
-    def reopen(self, run_id: str) -> None:
-        """RUNNING again, without what an earlier end said of it."""
-        with asked(self.uri, f"go on with run {run_id}"):
-            self._client.update_run(run_id, status="RUNNING")
+    def discard(self, run_id: str) -> None:
+        """Deletes a child that no trial needs, as MLflow's page does: it may be restored there."""
+        with asked(self.uri, f"delete run {run_id}"):
+            self._client.delete_run(run_id)
 
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Adds tags to a child."""
-        with asked(self.uri, "take tags"):
-            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    def reopen(self) -> None:
+        """The parent is RUNNING again."""
+        with asked(self.uri, f"go on with run {self.run_id}"):
+            self._client.update_run(self.run_id, status="RUNNING")
 
     def summarize(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """What the parent says of the whole sweep."""
@@ -98,6 +125,12 @@ class SweepTracker:
         """FINISHED, FAILED or KILLED."""
         with asked(self.uri, f"end run {self.run_id} as {status}"):
             self._client.set_terminated(self.run_id, status)
+
+    def tags_of(self, run_id: str) -> Mapping[str, str]:
+        """A child's tags."""
+        with asked(self.uri, f"give run {run_id}"):
+            tags: Mapping[str, str] = self._client.get_run(run_id).data.tags
+            return tags
 
     def register(self, name: str, run_id: str, model: str, tags: Mapping[str, str]) -> int:
         """A model of a run as a new version of a registered model, under the alias `champion`; its version.
@@ -126,63 +159,20 @@ class SweepTracker:
         return int(version.version)
 
 
-class Writer:
-    """Tells MLflow from a thread, in order. A server that is away is asked again until it answers; nobody waits for it.
+def trial_of(run: Run) -> int | None:
+    """The trial that a run is of."""
+    text = run.data.tags.get("phisam.trial", "")
+    return int(text) if text.isdecimal() else None
 
-    Args:
-        say: takes a line for the person at the terminal.
+
+def check_model_name(name: str) -> None:
+    """MLflow takes a registered model's name, or refuses it after the hours of a sweep.
+
+    Raises:
+        ConfigError: it would refuse.
     """
-
-    def __init__(self, uri: str, say: Callable[[str], None]) -> None:
-        self._uri, self._say = uri, say
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._error: RunError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def epoch(self, run_id: str, metrics: Metrics) -> None:
-        """One epoch of a trial. Returns at once."""
-        self._queue.put(lambda: Tracker(self._uri, run_id).log_epoch(metrics))
-
-    def end(self, run_id: str, status: str, tags: Mapping[str, str], history: Sequence[Metrics]) -> None:
-        """A trial's end; epochs of its history that MLflow lacks are filled in. Returns at once."""
-
-        def told() -> None:
-            tracker = Tracker(self._uri, run_id)
-            tracker.reconcile(history)
-            tracker.set_tags(dict(tags))
-            tracker.finish(status)
-
-        self._queue.put(told)
-
-    def close(self) -> None:
-        """Waits until all is told; each thing is tried once more.
-
-        Raises:
-            RunError: something could not be told.
-        """
-        self._closing.set()
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (task := self._queue.get()) is not None:
-            self._try(task)
-
-    def _try(self, task: Callable[[], Any]) -> None:
-        while self._error is None or not self._closing.is_set():
-            try:
-                task()
-                self._error = None
-                return
-            except RunError as error:
-                if self._error is None:
-                    self._say(f"{error}; it is asked again until it answers")
-                self._error = error
-            except Exception:  # a thread that ends would end the sweep's record
-                logging.getLogger("phisam").exception("MLflow's writer")
-                return
-            self._closing.wait(RETRY_SECONDS)
+    if not re.fullmatch(r"(?!\.\.)[^/:]*[^/:\s][^/:]*", name) or name == "." or len(name) > MAX_MODEL_NAME:
+        raise ConfigError(
+            f"--register {name!r}: a registered model's name has no '/' and no ':', does not begin with '..', is not "
+            f"blank, and has at most {MAX_MODEL_NAME} letters"
+        )
