@@ -125,7 +125,7 @@ def measure_cell(cell: Cell, rank: int = 0) -> list[Row]:
     sgd_median = Spread.of(first.turns).median
     _say(cell, rank, "where the time goes")
     for contestant in contestants:
-        if contestant.method.kind in ("sgd", "ddp-sgd", "phisam"):
+        if contestant.method.kind in ("sgd", "ddp-sgd", "phisam", "lam = 1"):
             parts = turns.break_down(contestant)
             contestant.parts = {part: seconds / sgd_median for part, seconds in parts.items()}
     return [contestant.row(clock, references) for contestant in contestants]

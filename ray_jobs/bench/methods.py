@@ -3,6 +3,7 @@
     SGD             the measure of all: one process, the whole batch
     DDP-SGD         several workers, each with a whole batch of its own: one evaluation and one all-reduce
     trace n = 1, frobenius n = 2, ..., sam          PhiSAM
+    trace n=1, lam=1                                one process: w_0 = 0, and x has no backward
     naive n = 2     what one writes without PhiSAM: each point through DDP, so n + 1 all-reduces and n + 1 gradients
     pytorch_optimizer's SAM                         one process
 
@@ -60,7 +61,9 @@ def methods(workers: int, n_samples: Sequence[int], measure: str | None = None) 
     sharpness = {n: named_measure(measure or ("trace" if n == 1 else "frobenius")) for n in n_samples}
     for n, chosen in sharpness.items():
         yield phisam_method(f"{chosen.name} n = {n}", chosen, n, workers)
-    yield phisam_method("sam", phisam.sam(), 1, workers)
+        if workers == 1 and chosen.weight_at_x(1.0) == 0:  # the paper's lam; the row above is what any other costs
+            yield phisam_method(f"{chosen.name} n={n}, lam=1", chosen, n, workers, lam=1.0, kind="lam = 1")
+    yield phisam_method("sam", phisam.sam(), 1, workers, lam=1.0)
     if workers > 1:
         for n, chosen in sharpness.items():
             points = chosen.n_points(n) + 1
@@ -76,7 +79,9 @@ def named_measure(name: str) -> phisam.Measure:
     return measure
 
 
-def phisam_method(name: str, measure: phisam.Measure, n: int, workers: int) -> Method:
+def phisam_method(
+    name: str, measure: phisam.Measure, n: int, workers: int, lam: float = LAM, kind: str = "phisam"
+) -> Method:
     """PhiSAM over the mesh that `sample_mesh` chooses."""
     evaluations = sum(measure.evaluations(n))
     data_size = workers // phisam.sample_size(workers, n, measure=measure)
@@ -85,7 +90,6 @@ def phisam_method(name: str, measure: phisam.Measure, n: int, workers: int) -> M
         mesh = phisam.sample_mesh(n, measure=measure)
         wrapped = data_parallel(model)
         base = base_optimizer(model)
-        lam = 1.0 if measure.needs_gradient else LAM  # SAM has lam = 1
         opt = phisam.PhiSAM(wrapped, base, measure, rho=RHO, lam=lam, n_samples=n, seed=SEED, mesh=mesh)
 
         def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def phisam_method(name: str, measure: phisam.Measure, n: int, workers: int) -> M
 
         return step
 
-    return Method(name, "phisam", n, evaluations, evaluations / workers, data_size, False, build)
+    return Method(name, kind, n, evaluations, evaluations / workers, data_size, False, build)
 
 
 def share(tensor: Tensor, mesh: phisam.SampleMesh) -> Tensor:

@@ -73,7 +73,7 @@ def rows(two_workers: list[dict[str, Any]]) -> list[Row]:
 
 
 def test_rows_are_sgd_ours_and_the_peers(rows: list[Row]) -> None:
-    alone = ["SGD", "trace n = 1", "frobenius n = 2", "sam", "pytorch_optimizer SAM"]
+    alone = ["SGD", "trace n = 1", "trace n=1, lam=1", "frobenius n = 2", "sam", "pytorch_optimizer SAM"]
     several = ["SGD", "DDP-SGD", "trace n = 1", "frobenius n = 2", "sam", "naive n = 1", "naive n = 2"]
     assert [row.method for row in rows] == alone + several
     limits = {(row.workers, row.method): row.limit for row in rows}
@@ -103,7 +103,7 @@ def test_the_naive_loop_takes_our_step_on_two_workers(two_workers: list[dict[str
 
 def test_pytorch_optimizers_sam_takes_our_step() -> None:
     """Up to the norm of the gradient, which the package rounds to float32."""
-    ours = methods.phisam_method("", phisam.sam(), 1, 1)
+    ours = methods.phisam_method("", phisam.sam(), 1, 1, lam=1.0)
     theirs = methods.Method("", "", 1, 2, 2.0, 1, False, methods.pytorch_optimizer_sam)
     a, b = after_two_steps(ours)["moved"], after_two_steps(theirs)["moved"]
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
@@ -228,7 +228,7 @@ def test_parts_are_those_of_the_step_and_sum_to_it(rows: list[Row]) -> None:
         parts = row.parts
         assert all(share >= 0 for share in parts.values())
         assert min(parts["forward"], parts["backward"], parts["base"]) > 0
-        perturbed = row.kind == "phisam"
+        perturbed = row.kind in ("phisam", "lam = 1")
         assert (parts["weights"] > 0) == (parts["exchange"] > 0) == perturbed
     noisy = {(row.workers, row.method): row.parts["noise"] > 0 for row in rows if row.kind == "phisam"}
     assert noisy[1, "trace n = 1"]
