@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
@@ -21,6 +22,17 @@ from ray_jobs.loopback import LoopbackTorchConfig
 from ray_jobs.meters import Meters
 
 
+class Trainer(TorchTrainer):
+    """Without Ray Data's manager: a process for each run, which imports pandas and pyarrow to wait for data sets.
+
+    The workers read their examples themselves.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+
 def make_trainer(
     loop: Callable[[dict[str, Any]], None],
     config: RunConfig,
@@ -31,8 +43,8 @@ def make_trainer(
     use_gpu: bool,
     loopback: bool,
     max_failures: int,
-    trainer: type[TorchTrainer] = TorchTrainer,
-) -> TorchTrainer:
+    trainer: type[Trainer] = Trainer,
+) -> Trainer:
     """The trainer of a run whose checkpoints lie in `folder`: made again with the same folder, it resumes from them.
 
     Args:

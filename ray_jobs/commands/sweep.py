@@ -62,30 +62,35 @@ def run(arguments: argparse.Namespace) -> int:
 
         if sweep is None:
             raise ConfigError("sweep --dry-run: name a sweep or a file")
-        print(preview(sweep, arguments.max_concurrent or sweep.max_concurrent or 1))
+        print(preview(sweep, arguments.max_concurrent or sweep.max_concurrent))
         return 0
 
     set_environment(arguments.address, arguments.verbose)
     from rich.console import Console
 
     from ray_jobs import cluster
+    from ray_jobs.sweep import begun, variety
     from ray_jobs.sweep import run as sweeps
+    from ray_jobs.tracking.sweep import check_model_name
 
     console = Console()
+    if arguments.register is not None:
+        check_model_name(arguments.register)
     found = None
     if arguments.go_on and sweep is not None:
-        found = sweeps.begun_before(sweep)
+        found = begun.begun_before(sweep)
         if found and found.over:
             print(f"sweep {found.folder.name} ({sweep.name}) is over: there is nothing to do")
             return 0
     if arguments.resume:
-        found = sweeps.begun(arguments.resume)
+        found = begun.find(arguments.resume)
         if sweep is not None:
-            sweeps.check_same(found, sweep)
+            begun.check_same(found, sweep)
     described = found.sweep if found else sweep
     assert described is not None
+    variety.check_one_winner(described, arguments.register)
     at_once = arguments.max_concurrent or described.max_concurrent
-    with cluster.connected(arguments.address, sweeps.workers_at_once(described, at_once), arguments.verbose):
+    with cluster.connected(arguments.address, variety.cpus_at_once(described, at_once), arguments.verbose):
         if found:
             sweeps.resume(found, console, at_once, arguments.register)
         else:

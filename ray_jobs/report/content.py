@@ -61,8 +61,8 @@ def _with_n(setting: Setting, found: Sequence[Setting]) -> str:
 def winner(parent: RunRecord, records: Sequence[RunRecord], metric: str, mode: str) -> Setting | None:
     """The setting that the sweep chose, or would choose among these; None where no run is finished."""
     done = [setting for setting in settings(records) if setting.values(metric)]
-    chosen = parent.tags.get("phisam.winner")
-    told = [setting for setting in done if any(run.run_id == chosen for run in setting.runs)]
+    chosen = parent.tags.get("phisam.winner", "").split(",")  # one on each data set
+    told = [setting for setting in done if any(run.run_id in chosen for run in setting.runs)]
     return told[0] if told else best(done, metric, mode == "max") if done else None
 
 

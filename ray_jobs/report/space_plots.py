@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray_jobs.formatting import brief, short
 from ray_jobs.report.content import mean_of, state
 from ray_jobs.report.plots import Figure, describe, layout, log_axis, rounded, tick_format, title
-from ray_jobs.formatting import brief, short
 from ray_jobs.results import RunRecord, Setting, settings
 
 MOST_CELLS = 80  # of a heat map that still shows its numbers
@@ -249,7 +249,12 @@ def _dimension(key: str, texts: Sequence[str | None]) -> Figure:
     if not all(map(math.isfinite, numbers)) or len(set(known)) <= 2:
         words = sorted(set(known), key=lambda text: (_number(text), text)) + ["-"] * (len(known) < len(texts))
         places = [words.index("-" if text is None else text) for text in texts]
-        return {"label": label, "values": places, "tickvals": list(range(len(words))), "ticktext": [brief(word, 6) for word in words]}
+        return {
+            "label": label,
+            "values": places,
+            "tickvals": list(range(len(words))),
+            "ticktext": [brief(word, 6) for word in words],
+        }
     positive = [number for number in numbers if number > 0]
     log = min(numbers) >= 0 and max(positive) >= 20 * min(positive)
     scaled = [_log10(number) if log else number for number in numbers]

@@ -14,7 +14,6 @@ import ray.train.torch
 import torch.distributed as dist
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ray_jobs.cluster import checked_resources, only_loopback
 from ray_jobs.config import RunConfig
@@ -24,7 +23,7 @@ from ray_jobs.paths import runs_folder
 from ray_jobs.sharpness.job import Job
 from ray_jobs.sharpness.measuring import Measured
 from ray_jobs.train import fit
-from ray_jobs.trainer import made
+from ray_jobs.trainer import Trainer, made
 
 TELL_SECONDS = 0.2
 
@@ -90,7 +89,7 @@ def measured_on_ray(config: RunConfig, job: Job, watch: Callable[[Callable[[], A
     desk: Any = ray.remote(num_cpus=0)(Desk).remote(pickle.dumps(job))
     storage = made(config.checkpoint.storage or runs_folder())
     name = f"sharpness-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
+    trainer = Trainer(
         measure_loop,
         train_loop_config={"desk": desk},
         torch_config=LoopbackTorchConfig() if only_loopback() else None,

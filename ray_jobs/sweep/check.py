@@ -17,13 +17,14 @@ from ray_jobs.sweep.sections import (
     AshaStopping,
     GridSearch,
     MedianStopping,
+    NoStopping,
     PbtStopping,
     RandomSearch,
     SweepConfig,
     TpeSearch,
 )
 from ray_jobs.sweep.space import RUN, CircularError, Pick, Picks, Space, holds, said, values_of
-from ray_jobs.sweep.trials import Trials, with_settings
+from ray_jobs.sweep.trials import Trials, data_title, with_settings
 from ray_jobs.yaml_source import Path, Place, Problem, Source, shown, split
 
 MAX_TRIALS = 10_000
@@ -54,6 +55,9 @@ FIXED = ("name", "description", "tracking", "checkpoint")
 """Sections of a run that are the same in all trials of a sweep."""
 
 PERTURBED = ("optimizer.rho", "optimizer.lam")
+
+DATA = ("data", "data.name", "data.root", "data.fraction", "data.label_noise")
+"""What says which data set a trial is on."""
 
 
 def mistakes(sweep: SweepConfig, source: Source, bases: Mapping[str, Source]) -> list[Problem]:
@@ -310,6 +314,7 @@ def _of_runs(sweep: SweepConfig, source: Source, configs: list[RunConfig]) -> It
     ):
         if len(found) > 1:
             yield _problem(source, ("space",), f"the base runs have different sections {what}: set it under set")
+    yield from _of_data(sweep, source, configs)
     stopping = sweep.stopping
     if isinstance(stopping, PbtStopping) and any(config.checkpoint.every_epochs > 1 for config in configs):
         yield _problem(
@@ -326,6 +331,26 @@ def _of_runs(sweep: SweepConfig, source: Source, configs: list[RunConfig]) -> It
         if not isinstance(stopping, AshaStopping) and last / every > MAX_RUNGS and last < float("inf"):
             text = f"makes {last / every:.0f} rungs of {every:g} {sweep.resource} up to {last:g}, more than {MAX_RUNGS}"
             yield _problem(source, ("stopping",), text)
+
+
+def _of_data(sweep: SweepConfig, source: Source, configs: list[RunConfig]) -> Iterator[Problem]:
+    """Results on one data set say nothing about a trial on another."""
+    titles = list(dict.fromkeys(data_title(config.data) for config in configs))
+    if len(titles) < 2:
+        return
+    them = f"{len(titles)} data sets ({', '.join(titles)})"
+    if not isinstance(sweep.stopping, NoStopping):
+        text = f"{sweep.stopping.name} compares trials, and these are on {them}: choose none, or sweep them one by one"
+        yield _problem(source, ("stopping",), text)
+    if isinstance(sweep.search, TpeSearch):
+        bases = {tuple(said(base.value, key) for key in DATA[1:]) for base in sweep.trials.bases.values()}
+        telling = (*DATA, RUN) if len(bases) > 1 else DATA
+        for key, alternatives in sweep.space.items():
+            if key in telling and any(dimension.kind != "grid" for dimension in alternatives):
+                text = (
+                    f"is drawn, and tpe would learn from results on other data sets; there are {them}: make it a grid"
+                )
+                yield _problem(source, ("space", key), text)
 
 
 def _problem(source: Source, path: Path, text: str) -> Problem:

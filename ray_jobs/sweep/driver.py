@@ -9,27 +9,33 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray_jobs import checkpoint
 from ray_jobs.cluster import only_loopback
 from ray_jobs.config import RunConfig, dump_yaml
 from ray_jobs.errors import ConfigError, RunError
 from ray_jobs.progress import Metrics
-from ray_jobs.sweep import executor
+from ray_jobs.sweep import checkpoints, executor
+from ray_jobs.sweep.checkpoints import usable
 from ray_jobs.sweep.config import SweepConfig
 from ray_jobs.sweep.journal import Event, Journal
 from ray_jobs.sweep.ledger import Ledger, Trial
 from ray_jobs.sweep.prepare import Checks
 from ray_jobs.sweep.progress import SweepView
 from ray_jobs.sweep.search import Search
-from ray_jobs.tracking.sweep import SweepTracker, Writer
-from ray_jobs.trainer import made, newest_checkpoint, saved_history
+from ray_jobs.tracking.sweep import Child, SweepTracker
+from ray_jobs.tracking.writer import Writer
+from ray_jobs.trainer import made, saved_history
 
-DESCRIPTION, JOURNAL, TRIAL_DESCRIPTION = "sweep.yaml", "journal.jsonl", "run.yaml"
+TRIAL_DESCRIPTION = "run.yaml"
 ENDS = {"finished": "FINISHED", "cut": "KILLED", "failed": "FAILED"}
+ANSWER_SECONDS = 2.0  # so long Tune's loop waits for MLflow at once; trials that run go on meanwhile
 
 
 @dataclass
@@ -37,7 +43,10 @@ class Driver:
     """One driver's hold on a sweep; `executor.Conductor` for Tune.
 
     Attributes:
+        writer: whom MLflow is told by.
+        say: takes a line for the person at the terminal. view: what shows turns of trials, once they are news.
         max_concurrent: legs at once, for this driver; the number that the search was made with is the journal's.
+        epochs: trial -> how many it has.
     """
 
     sweep: SweepConfig
@@ -47,15 +56,17 @@ class Driver:
     ledger: Ledger
     search: Search
     tracker: SweepTracker
+    writer: Writer
     checks: Checks
+    say: Callable[[str], None]
     max_concurrent: int
     board: Any = None
     view: SweepView | None = None
-    writer: Writer | None = None
     epochs: dict[int, int] = field(default_factory=dict)
     _live: set[int] = field(default_factory=set)
-    _orphans: dict[int, str] = field(default_factory=dict)
     _places: dict[int, str] = field(default_factory=dict)
+    _configs: dict[int, tuple[dict[str, Any], RunConfig]] = field(default_factory=dict)
+    _asked: tuple[int, Future[str]] | None = None  # the run of the trial that is about to start
 
     # what the journal says
 
@@ -63,24 +74,41 @@ class Driver:
         """The state that an earlier driver left: its journal, then what only checkpoints and MLflow know."""
         for event in self.journal.events:
             self.ledger.apply(event)
-        children = self.tracker.children()
-        known = {trial.run_id for trial in self.ledger.trials.values()}
-        self._orphans = {i: run.info.run_id for i, run in children.items() if run.info.run_id not in known}
-        for trial in list(self.ledger.trials.values()):
-            config = self.config(trial)
-            self.epochs[trial.index] = config.training.epochs
-            run = children.get(trial.index)
-            if trial.over:
-                told = run is not None and run.info.status == ENDS[trial.status] and "phisam.restarts" in run.data.tags
-                if not told:
-                    self._end(trial)
+        trials = list(self.ledger.trials.values())
+        ours = {trial.run_id for trial in trials}
+        children = {run.info.run_id: run for run in self.tracker.children()}
+        for run_id, run in children.items():
+            if run_id not in ours and not run.data.metrics:  # made, and the driver was killed before it noted that
+                self.writer.ask(run_id, partial(self.tracker.discard, run_id))
+        for trial in trials:
+            self.epochs[trial.index] = self._planned(trial)
+            if not trial.over:
+                self._reopen(trial)
                 continue
-            self.tracker.reopen(trial.run_id)
-            for metrics in saved_history(self.leg_folder(trial, config)):
-                self._epoch(trial, metrics)
-            if trial.points and trial.points[-1].epoch == config.training.epochs and trial.status == "running":
-                self._record({"event": "trained", "trial": trial.index})
+            found = children.get(trial.run_id)
+            if found is None or found.info.status != ENDS[trial.status] or "phisam.restarts" not in found.data.tags:
+                self._end(trial)
         self._decide()
+
+    def _reopen(self, trial: Trial) -> None:
+        """A trial that goes on. Where its newest checkpoint cannot be read, it goes on from an older one, or anew."""
+        folder = self.leg_folder(trial)
+        self.writer.reopen(trial.run_id)
+        found, cause = checkpoints.look(folder)
+        if cause is None:
+            history = saved_history(folder)
+        else:
+            history = [] if found is None else checkpoint.load_history(found)
+        if cause is not None and trial.status == "running":
+            start = trial.start if found is None else str(found)
+            self._record({"event": "rewound", "trial": trial.index, "start": start, "cause": cause})
+            checkpoints.set_aside(folder)
+            where = "its beginning" if start is None else f"epoch {len(history)}" if history else start
+            self.say(f"trial {trial.index} goes on from {where}, as its newest checkpoint is of no use ({cause})")
+        for metrics in history:
+            self._epoch(trial, metrics)
+        if history and history[-1]["epoch"] == self.epochs[trial.index] and trial.status == "running":
+            self._record({"event": "trained", "trial": trial.index})
 
     def _record(self, event: Event) -> None:
         self.journal.append(event)
@@ -145,16 +173,21 @@ class Driver:
     # what follows
 
     def _start(self, index: int, values: dict[str, Any]) -> dict[str, Any] | None:
-        config = self.sweep.trial(values, index)
+        """A new trial's leg; None: MLflow has not made its run yet, or the trial cannot be run, and failed."""
+        refused = None
+        told = Child(f"{self.sweep.name}/{index}", {key: str(value) for key, value in values.items()}, {}, None)
         try:
-            tags = self.checks.tags(config)
-            refused = None
+            config = self.sweep.trial(values, index)
+            told = Child.of(config, self.checks.tags(config))
         except ConfigError as error:
-            tags, refused = {}, str(error)
-        run_id = self._orphans.pop(index, None) or self.tracker.child(self.runs, index, config, tags)
-        self._record({"event": "start", "trial": index, "values": values, "run": run_id, "time": time.time()})
+            refused = str(error)
+        run_id = self._child(index, told)
+        if run_id is None:
+            return None
+        event = {"event": "start", "trial": index, "values": values, "run": run_id, "time": time.time()}
+        self._record({**event, "data": told.tags.get("data.fingerprint")})
         trial = self.ledger.trials[index]
-        self.epochs[index] = config.training.epochs
+        self.epochs[index] = self._planned(trial)
         if refused is not None:
             self._fail(trial, refused)
             self._decide()
@@ -162,11 +195,26 @@ class Driver:
         self._turn(trial)
         return self._leg(trial)
 
+    def _child(self, index: int, told: Child) -> str | None:
+        """The trial's run in MLflow; None while MLflow does not answer: the trial waits for it.
+
+        Raises:
+            RunError: MLflow refuses.
+        """
+        if self._asked is None or self._asked[0] != index:
+            self._asked = index, self.writer.ask(None, lambda: self.tracker.child(index, told))
+        answer = self._asked[1]
+        wait([answer], timeout=ANSWER_SECONDS)
+        if not answer.done():
+            return None
+        self._asked = None
+        return answer.result()
+
     def _leg(self, trial: Trial) -> dict[str, Any]:
         config = self.config(trial)
-        folder = made(self.leg_folder(trial, config))
+        folder = made(self.leg_folder(trial))
         (folder / TRIAL_DESCRIPTION).write_text(dump_yaml(config), encoding="utf-8")
-        self.tracker.tag(trial.run_id, {"phisam.folder": str(folder)})
+        self.writer.tag(trial.run_id, {"phisam.folder": str(folder)})
         self._live.add(trial.index)
         until = None
         if trial.generation < len(self.ledger.boundaries):
@@ -186,12 +234,26 @@ class Driver:
         }
 
     def config(self, trial: Trial) -> RunConfig:
-        """A trial as a run."""
-        return self.sweep.trial(trial.values, trial.index)
+        """A trial as a run.
 
-    def leg_folder(self, trial: Trial, config: RunConfig, generation: int | None = None) -> Path:
+        Raises:
+            ConfigError: its values make none; such a trial has failed.
+        """
+        known = self._configs.get(trial.index)
+        if known is None or known[0] != trial.values:  # a generation gives a member other values
+            known = self._configs[trial.index] = (trial.values, self.sweep.trial(trial.values, trial.index))
+        return known[1]
+
+    def _planned(self, trial: Trial) -> int:
+        """Epochs of a trial; 0 if its values make no run."""
+        try:
+            return self.config(trial).training.epochs
+        except ConfigError:
+            return 0
+
+    def leg_folder(self, trial: Trial, generation: int | None = None) -> Path:
         """Where Ray Train keeps the checkpoints of a trial, in its present generation or an earlier one."""
-        folder = (config.checkpoint.storage or self.runs) / trial.run_id
+        folder = (self.config(trial).checkpoint.storage or self.runs) / trial.run_id
         generation = trial.generation if generation is None else generation
         return folder / f"generation-{generation}" if generation else folder
 
@@ -203,8 +265,7 @@ class Driver:
         event = self.ledger.news(trial, metrics, self.sweep.metric, self.sweep.resource)
         if event is not None:
             self._record(event)
-            if self.writer is not None:
-                self.writer.epoch(trial.run_id, metrics)
+            self.writer.epoch(trial.run_id, metrics)
 
     def _decide(self) -> None:
         while events := self.ledger.decisions():
@@ -213,24 +274,30 @@ class Driver:
                 trial = self.ledger.trials[event["trial"]]
                 if trial.over:
                     self._end(trial)
-        exploits = self.ledger.generation_over()
-        if exploits is not None:
-            self._next_generation(exploits)
+        if self.ledger.generation_over() is not None:
+            self._next_generation()
 
-    def _next_generation(self, exploits: dict[int, Any]) -> None:
-        waiting = [trial for trial in self.ledger.trials.values() if trial.status == "waiting"]
-        checkpoints = {t.index: newest_checkpoint(self.leg_folder(t, self.config(t))) for t in waiting}
+    def _next_generation(self) -> None:
+        """Members go on. One that left no checkpoint to go on from has failed, and is nobody's donor."""
+        found: dict[int, Path] = {}
+        for trial in self.ledger.trials.values():
+            if trial.status == "waiting":
+                path = usable(self.leg_folder(trial))
+                if path is None:
+                    self._fail(trial, f"no checkpoint of generation {trial.generation + 1} can be read")
+                else:
+                    found[trial.index] = path
+        exploits = self.ledger.generation_over() or {}
         starts = {}
-        for trial in waiting:
-            exploit = exploits.get(trial.index)
-            donor = trial.index if exploit is None else exploit.donor
-            values = trial.values if exploit is None else exploit.values
-            reason = None if exploit is None else exploit.reason
-            starts[trial.index] = {"checkpoint": str(checkpoints[donor]), "values": values, "reason": reason}
+        for index, own in found.items():
+            starts[index] = {"checkpoint": str(own), "values": self.ledger.trials[index].values, "reason": None}
+            if (exploit := exploits.get(index)) is not None:
+                path = found[exploit.donor]
+                starts[index] = {"checkpoint": str(path), "values": exploit.values, "reason": exploit.reason}
         self._record({"event": "generation", "generation": self.ledger.generation, "starts": starts})
-        for trial in waiting:
-            if trial.reason and self.view:
-                self.view.say(f"trial {trial.index}: {trial.reason}")
+        for index in found:
+            if (reason := self.ledger.trials[index].reason) and self.view:
+                self.view.say(f"trial {index}: {reason}")
 
     def _restart(self, trial: Trial, cause: str) -> None:
         self._record({"event": "restart", "trial": trial.index, "cause": cause})
@@ -251,8 +318,7 @@ class Driver:
             tags["phisam.stopped"] = trial.reason or "cut"
         if trial.status == "failed":
             tags["phisam.failure"] = (trial.reason or "failed")[:5000]
-        if self.writer is not None:
-            self.writer.end(trial.run_id, ENDS[trial.status], tags, self.history(trial))
+        self.writer.end(trial.run_id, ENDS[trial.status], tags, self.history(trial))
 
     def history(self, trial: Trial) -> list[Metrics]:
         """Metrics of all epochs behind its checkpoints; without those of a checkpoint that cannot be read.
@@ -260,10 +326,9 @@ class Driver:
         After an exploit a checkpoint begins with the donor's epochs: the trial's own are in the generation before.
         """
         epochs: dict[float, Metrics] = {}
-        config = self.config(trial)
         for generation in range(trial.generation + 1):
-            with contextlib.suppress(RunError):
-                for metrics in saved_history(self.leg_folder(trial, config, generation)):
+            with contextlib.suppress(ConfigError, RunError):  # ConfigError: it never ran
+                for metrics in saved_history(self.leg_folder(trial, generation)):
                     epochs.setdefault(metrics["epoch"], metrics)
         return list(epochs.values())
 
@@ -274,8 +339,11 @@ class Driver:
     def interrupted(self) -> None:
         """MLflow shall not say that trials run which do not."""
         for trial in self.ledger.trials.values():
-            if not trial.over and self.writer is not None:
+            if not trial.over:
                 self.writer.end(trial.run_id, "KILLED", {}, self.history(trial))
+        if self._asked is not None:  # the run of a trial that will not start now; it is made before this is come to
+            made_run = self._asked[1]
+            self.writer.ask(None, lambda: self.tracker.discard(made_run.result()))
 
 
 @contextlib.contextmanager

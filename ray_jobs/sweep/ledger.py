@@ -3,15 +3,16 @@
 Every event is appended to the journal, then applied here (`apply`); what must happen next is read off the state
 (`decisions`, `next_start`). So a driver that was killed and one that was not cannot differ in what they decide.
 
-    event       fields                                      a trial is then
-    start       trial, values, run (MLflow's id), time      running
-    epoch       trial, epoch, resource, value               running
-    restart     trial, cause                                running
-    trained     trial                                       waiting, for a verdict or for its generation
+    event       fields                                                 a trial is then
+    start       trial, values, run (MLflow's id), data (fingerprint)   running
+    epoch       trial, epoch, resource, value                          running
+    restart     trial, cause                                           running
+    rewound     trial, start (a checkpoint, or null), cause            running
+    trained     trial                                                  waiting, for a verdict or for its generation
     generation  generation, starts: {trial: checkpoint, values, reason}    running
-    cut         trial, epoch, reason                        cut
-    finished    trial, epoch (the last that counts)         finished
-    failed      trial, cause                                failed
+    cut         trial, epoch, reason                                   cut
+    finished    trial, epoch (the last that counts)                    finished
+    failed      trial, cause                                           failed
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class Search(Protocol):
 
 @dataclass
 class Trial:
-    """One trial. stopped: the last epoch that counts, where it is not the last. start: the checkpoint of a donor."""
+    """One trial.
+
+    stopped: the last epoch that counts, where it is not the last. start: the checkpoint to begin from where the trial's
+    own folder has none.
+    """
 
     index: int
     values: dict[str, Any]
@@ -126,6 +131,8 @@ class Ledger:
             case "restart":
                 trial.restarts += 1
                 trial.reason = event["cause"]
+            case "rewound":
+                trial.start, trial.reason = event["start"], event["cause"]
             case "trained":
                 trial.status = "waiting"
             case "cut":

@@ -1,7 +1,9 @@
-"""What a sweep comes to: its settings over their seeds, and the winner. Pure."""
+"""What a sweep comes to: its settings over their seeds, and the winner on each data set. Pure."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
+from ray_jobs.formatting import brief, short_names, shown, shown_interval
 from ray_jobs.results import Interval, interval
 from ray_jobs.sweep.ledger import Trial
-from ray_jobs.sweep.progress import short, shown_value
-
-SEED = "training.seed"
+from ray_jobs.sweep.sections import SEED
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,27 @@ def settings(trials: Sequence[Trial], setting_of: Callable[[int], int]) -> list[
     return made
 
 
-def winner(found: Sequence[Setting], better: Callable[[float, float], bool]) -> tuple[Setting, Trial] | None:
-    """The setting of the best mean, and its best trial; the first of equals. None: no trial trained to its end.
+@dataclass(frozen=True)
+class Winner:
+    """The setting of the best mean, and its best trial."""
+
+    setting: Setting
+    trial: Trial
+
+    def told(self, metric: str, data: str) -> tuple[dict[str, str], dict[str, float]]:
+        """Tags and metrics of the parent run. data: what stands in their names; "": all trials are on the same."""
+        tag, name = (f"phisam.winner.{data}", f"winner/{data}") if data else ("phisam.winner", "winner")
+        score, trial = self.setting.score, self.trial
+        assert score is not None
+        assert trial.value is not None
+        metrics = {f"{name}/mean": score.mean, f"{name}/seeds": float(score.n), f"{name}/{metric}": trial.value}
+        if score.n > 1:
+            metrics |= {f"{name}/low": score.low, f"{name}/high": score.high}
+        return {f"{tag}.{key}": str(value) for key, value in trial.values.items()}, metrics
+
+
+def winner(found: Sequence[Setting], better: Callable[[float, float], bool]) -> Winner | None:
+    """The first of equals; None: no trial trained to its end.
 
     Settings are compared that have the most seeds at their end: one lucky seed of five must not win.
     """
@@ -64,7 +84,7 @@ def winner(found: Sequence[Setting], better: Callable[[float, float], bool]) -> 
     for other in best.finished[1:]:
         if better(float(other.value or 0), float(trial.value or 0)):
             trial = other
-    return best, trial
+    return Winner(best, trial)
 
 
 def best_table(found: Sequence[Setting], metric: str, better: Callable[[float, float], bool], rows: int = 10) -> Table:
@@ -72,16 +92,16 @@ def best_table(found: Sequence[Setting], metric: str, better: Callable[[float, f
     judged = [setting for setting in found if setting.score is not None]
     judged.sort(key=cmp_to_key(lambda a, b: _compare(a, b, better)))
     keys = list(dict.fromkeys(key for setting in judged for key in setting.values))
-    shown = Table(box=None, pad_edge=False)
-    for head in [*(short(key) for key in keys), metric, "95 %", "seeds", "trials"]:
-        shown.add_column(head, no_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for head in [*short_names(keys), metric, "95 % interval", "seeds", "trials"]:
+        table.add_column(head, no_wrap=True)
     for setting in judged[:rows]:
         score = setting.score
         assert score is not None
-        half = f"± {score.high - score.mean:.4f}" if score.n > 1 else ""
-        numbers = [f"{score.mean:.4f}", half, str(score.n), " ".join(str(trial.index) for trial in setting.trials)]
-        shown.add_row(*(shown_value(setting.values.get(key, "")) for key in keys), *numbers)
-    return shown
+        numbers = [shown(metric, score.mean), shown_interval(metric, score), str(score.n)]
+        trials = " ".join(str(trial.index) for trial in setting.trials)
+        table.add_row(*(brief(setting.values.get(key, "")) for key in keys), *numbers, trials)
+    return table
 
 
 def _compare(one: Setting, other: Setting, better: Callable[[float, float], bool]) -> int:
@@ -90,20 +110,16 @@ def _compare(one: Setting, other: Setting, better: Callable[[float, float], bool
     return -1 if better(one.score.mean, other.score.mean) else int(better(other.score.mean, one.score.mean))
 
 
-def table(found: Sequence[Setting], metric: str) -> str:
-    """The settings as CSV, for the parent's artifacts."""
-    keys = list(dict.fromkeys(key for setting in found for key in setting.values))
-    lines = [",".join([*keys, f"mean of {metric}", "95% low", "95% high", "seeds", "trials"])]
-    for setting in found:
-        score = setting.score
-        numbers = (
-            ["", "", "", "0"] if score is None else [repr(score.mean), repr(score.low), repr(score.high), str(score.n)]
-        )
-        cells = [_cell(setting.values.get(key, "")) for key in keys]
-        lines.append(",".join([*cells, *numbers, " ".join(str(trial.index) for trial in setting.trials)]))
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if any(sign in text for sign in ',"\n') else text
+def as_csv(found: Mapping[str, Sequence[Setting]], metric: str) -> str:
+    """The settings, for the parent's artifacts. found: by what they are on."""
+    keys = list(dict.fromkeys(key for group in found.values() for setting in group for key in setting.values))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["data", *keys, f"mean of {metric}", "95% low", "95% high", "seeds", "trials"])
+    for data, group in found.items():
+        for setting in group:
+            score = setting.score
+            numbers = ["", "", "", 0] if score is None else [score.mean, score.low, score.high, score.n]
+            trials = " ".join(str(trial.index) for trial in setting.trials)
+            writer.writerow([data, *(setting.values.get(key, "") for key in keys), *numbers, trials])
+    return out.getvalue()

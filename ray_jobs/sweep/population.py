@@ -20,12 +20,9 @@ FACTORS = (0.8, 1.25)
 
 @dataclass(frozen=True)
 class Exploit:
-    """A member goes on from the donor's checkpoint of an epoch, with these values (all of the space, not only those
-    that changed).
-    """
+    """A member goes on from the donor's checkpoint. values: all of the space, not only those that changed."""
 
     donor: int
-    epoch: int
     values: dict[str, Any]
     reason: str
 
@@ -54,11 +51,6 @@ class Population(Stopping):
         self.members, self.boundaries = members, tuple(boundaries)
         self.quantile, self.bounds, self.seed = quantile, dict(bounds), seed
 
-    def epoch(self, generation: int, trajectory: Trajectory) -> int | None:
-        """The epoch that a member's generation ends with; None if it is not there."""
-        point = trajectory.at(self.boundaries[generation])
-        return None if point is None else point.epoch
-
     def exploits(
         self, generation: int, trials: Mapping[int, Trajectory], values: Mapping[int, Mapping[str, Any]]
     ) -> dict[int, Exploit] | None:
@@ -66,14 +58,14 @@ class Population(Stopping):
 
         values: of each member, as they were in this generation. Members that failed before its end have no part.
         """
-        ranked: list[tuple[float, int, int]] = []
+        ranked: list[tuple[float, int]] = []
         for member in range(self.members):
             trajectory = trials.get(member, Trajectory(()))
             if trajectory.state == "failed":  # after the generation's last epoch too: it left no checkpoint of it
                 continue
             point = trajectory.at(self.boundaries[generation])
             if point is not None:
-                ranked.append((sort_key(point.value, self.axis.mode), member, point.epoch))
+                ranked.append((sort_key(point.value, self.axis.mode), member))
             elif trajectory.state == "running":
                 return None
         ranked.sort()
@@ -81,16 +73,16 @@ class Population(Stopping):
             return {}
         share = min(len(ranked) // 2, max(1, math.floor(self.quantile * len(ranked))))
         best, worst = ranked[:share], ranked[-share:]
-        return {member: self._exploit(generation, member, best, values) for _, member, _ in worst}
+        return {member: self._exploit(generation, member, best, values) for _, member in worst}
 
     def _exploit(
         self,
         generation: int,
         member: int,
-        best: Sequence[tuple[float, int, int]],
+        best: Sequence[tuple[float, int]],
         values: Mapping[int, Mapping[str, Any]],
     ) -> Exploit:
-        _, donor, epoch = best[int(self._uniform(generation, member, "donor") * len(best))]
+        _, donor = best[int(self._uniform(generation, member, "donor") * len(best))]
         changed = dict(values[donor])
         told = []
         for key, (least, greatest) in self.bounds.items():
@@ -98,7 +90,7 @@ class Population(Stopping):
             changed[key] = min(max(changed[key] * factor, least), greatest)
             told.append(f"{key.removeprefix('optimizer.')} {changed[key]:.4g}")
         reason = f"pbt: after generation {generation + 1} on from trial {donor}, {', '.join(told)}"
-        return Exploit(donor, epoch, changed, reason)
+        return Exploit(donor, changed, reason)
 
     def _uniform(self, generation: int, member: int, what: str) -> float:
         return random.Random(f"pbt/{self.seed}/{generation}/{member}/{what}").random()

@@ -10,9 +10,11 @@ import ray
 from ray_jobs.cluster import checked_resources
 from ray_jobs.config import RunConfig
 from ray_jobs.data import Dataset, load_dataset
-from ray_jobs.errors import ConfigError
+from ray_jobs.errors import ConfigError, RunError
 from ray_jobs.sweep.config import SweepConfig
+from ray_jobs.sweep.journal import Event
 from ray_jobs.sweep.search import Search
+from ray_jobs.sweep.variety import variety
 from ray_jobs.tracking import provenance
 from ray_jobs.train import check_fit
 
@@ -57,13 +59,50 @@ class Checks:
         use_gpu, dataset = self.use_gpu(config), self.dataset(config)
         optimizer = config.optimizer
         parts = (config.data, config.model, config.scaling, config.training, optimizer.measure)
-        fit = " ".join([dataset.fingerprint, str(optimizer.n_samples), *(part.model_dump_json() for part in parts)])
+        words = (dataset.fingerprint, optimizer.n_samples, config.sharpness)
+        fit = " ".join([*map(str, words), *(part.model_dump_json() for part in parts)])
         if fit not in self._fits:
             check_fit(config, dataset)
             self._fits.add(fit)
         if dataset.fingerprint not in self._provenance:
             self._provenance[dataset.fingerprint] = provenance(dataset.fingerprint)
         return {**self._provenance[dataset.fingerprint], "device": "cuda" if use_gpu else "cpu"}
+
+    def data(self, sweep: SweepConfig) -> list[str]:
+        """The fingerprints of all data that trials may be on, by their first seed; looked at before the first starts.
+
+        Raises:
+            ConfigError: some are not there, or damaged; names all of them.
+        """
+        fingerprints: dict[str, None] = {}
+        missing: dict[str, None] = {}
+        for config in variety(sweep, "data"):
+            try:
+                fingerprints[self.dataset(config).fingerprint] = None
+            except ConfigError as error:
+                missing[str(error)] = None
+        if missing:
+            raise ConfigError("\n".join([f"sweep {sweep.name}: not all of its data is there", *missing]))
+        return list(fingerprints)
+
+    def same_data(self, sweep: SweepConfig, events: Iterable[Event]) -> None:
+        """A sweep goes on with what it began with.
+
+        Raises:
+            ConfigError: a data set is not there any more.
+            RunError: one has changed since a trial began.
+        """
+        for event in events:
+            if event["event"] != "start" or event.get("data") is None:
+                continue
+            config = sweep.trial(event["values"], event["trial"])
+            now = self.dataset(config).fingerprint
+            if now != event["data"]:
+                raise RunError(
+                    f"trial {event['trial']} of {sweep.name} began on data with fingerprint {event['data']}, but "
+                    f"{config.data.name} is {now} now: the data files changed, so the sweep cannot go on as if they "
+                    "had not"
+                )
 
     def known_trials(self, sweep: SweepConfig, search: Search) -> None:
         """Every trial whose values do not wait for results, before the first starts.

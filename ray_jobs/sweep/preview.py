@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_jobs.config import RunConfig
+from ray_jobs.formatting import brief, short_names
 from ray_jobs.sweep.check import MAX_RUNGS
 from ray_jobs.sweep.config import SweepConfig
 from ray_jobs.sweep.cost import evaluations_per_epoch, evaluations_per_step
@@ -16,7 +17,7 @@ from ray_jobs.sweep.search import Search, make_search
 from ray_jobs.sweep.sections import SEED, NoStopping, TpeSearch
 from ray_jobs.sweep.space import values_of
 from ray_jobs.sweep.stopping import Population, make_stopping
-from ray_jobs.yaml_source import shown
+from ray_jobs.sweep.variety import data_titles, variety
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class _Row:
         return self.config.training.epochs * evaluations_per_epoch(self.config)
 
 
-def preview(sweep: SweepConfig, max_concurrent: int) -> str:
+def preview(sweep: SweepConfig, max_concurrent: int | None) -> str:
     """The text, without a line break at its end.
+
+    max_concurrent: trials at once; None: what the cluster will have place for.
 
     Raises:
         ConfigError: an imagefolder that cannot be counted.
     """
-    search = make_search(sweep, max_concurrent)
+    search = make_search(sweep, max_concurrent or 1)
     rows = list(_known(sweep, search))
     unknown = search.n_settings - len(rows)
     lines = [*_head(sweep, search), "", *_table(rows)]
@@ -68,6 +71,8 @@ def _head(sweep: SweepConfig, search: Search) -> Iterator[str]:
     seeds = f" x {len(sweep.seeds)} seeds ({', '.join(map(str, sweep.seeds))})" if sweep.seeds else ""
     yield f"{sweep.name}: {search.n_trials} trials = {search.n_settings} settings{seeds}, {sweep.search.name} search"
     yield f"Judged by {sweep.metric} ({sweep.mode}) at the last epoch. Each trial gets {_budget(sweep)}."
+    if len(titles := data_titles(sweep)) > 1:
+        yield f"On {len(titles)} data sets ({', '.join(titles)}), with a winner on each."
     stopping = make_stopping(sweep)
     if isinstance(stopping, Population):
         yield f"pbt: generations end at {_levels(stopping.boundaries)} {_axis(sweep)}."
@@ -97,13 +102,9 @@ def _levels(levels: Sequence[float]) -> str:
 
 def _table(rows: Sequence[_Row]) -> Iterator[str]:
     keys = list(dict.fromkeys(key for row in rows for key in row.values if key != SEED))
-    last = [key.rpartition(".")[2] for key in keys]
-    titles = [
-        short if last.count(short) == 1 and short != "name" else key for key, short in zip(keys, last, strict=True)
-    ]
-    cells = [["trials", *titles, "epochs", "evaluations a step", "gradient evaluations"]]
+    cells = [["trials", *short_names(keys), "epochs", "evaluations a step", "gradient evaluations"]]
     for row in rows:
-        values = ["" if key not in row.values else _plain(row.values[key]) for key in keys]
+        values = ["" if key not in row.values else brief(row.values[key], digits=6) for key in keys]
         per_step = evaluations_per_step(row.config.optimizer)
         cells.append([row.trials, *values, f"{row.config.training.epochs}", f"{per_step:g}", f"{row.cost:,.0f}"])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
@@ -115,13 +116,7 @@ def _table(rows: Sequence[_Row]) -> Iterator[str]:
         yield "  ".join(words).rstrip()
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(_plain(part) if key == "name" else f"{key}={_plain(part)}" for key, part in value.items())
-    return value if isinstance(value, str) else shown(value)
-
-
-def _foot(sweep: SweepConfig, rows: Sequence[_Row], unknown: int, max_concurrent: int) -> Iterator[str]:
+def _foot(sweep: SweepConfig, rows: Sequence[_Row], unknown: int, max_concurrent: int | None) -> Iterator[str]:
     n_seeds = max(1, len(sweep.seeds))
     total = sum(row.cost for row in rows)
     if unknown:
@@ -129,7 +124,9 @@ def _foot(sweep: SweepConfig, rows: Sequence[_Row], unknown: int, max_concurrent
         total += unknown * max(config.training.epochs * evaluations_per_epoch(config) for config in configs)
     least = unknown or not isinstance(sweep.stopping, NoStopping) or sweep.resource == "seconds"
     yield f"In all {'at most ' if least else ''}{total * n_seeds:,.0f} gradient evaluations."
-    workers = sorted({row.config.scaling.num_workers for row in rows})
+    workers = sorted({config.scaling.num_workers for config in variety(sweep, "scaling")})
     told = " or ".join(map(str, workers))
-    at_once = f"{max_concurrent} trials at once" if max_concurrent > 1 else "one trial at a time"
+    at_once = "as many trials at once as the cluster has place for"
+    if max_concurrent is not None:
+        at_once = f"{max_concurrent} trials at once" if max_concurrent > 1 else "one trial at a time"
     yield f"{told} {'worker' if workers == [1] else 'workers'} a trial, {at_once}."

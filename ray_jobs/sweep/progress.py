@@ -13,11 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ray_jobs.formatting import brief, short_names, shown
 from ray_jobs.progress import duration
 from ray_jobs.sweep.ledger import Trial
 
 Place = dict[str, Any]
-SHORT = {"optimizer.rho": "rho", "optimizer.lam": "lam", "optimizer.n_samples": "n", "training.seed": "seed"}
+FIRST = ("optimizer.rho", "optimizer.lam", "optimizer.n_samples", "training.seed")
 
 
 class SweepBoard:
@@ -104,16 +105,16 @@ class SweepView:
         """The table: trials that run, then the newest of the others, as many as the terminal is high."""
         trials = self._trials()
         keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-        first = [key for key in SHORT if key in keys]
-        keys = [*first, *(key for key in keys if key not in SHORT)]
+        first = [key for key in FIRST if key in keys]
+        keys = [*first, *(key for key in keys if key not in FIRST)]
         table = Table(box=None, pad_edge=False)
         for head in ("trial", "state", "epoch", self._metric):
             table.add_column(head, no_wrap=True)
-        for key in keys:
-            table.add_column(short(key), no_wrap=True)
-        shown = sorted(trials, key=lambda trial: (trial.over, -trial.index))[: max(5, self._console.height - 4)]
-        for trial in sorted(shown, key=lambda trial: trial.index):
-            values = [shown_value(trial.values.get(key, "")) for key in keys]
+        for name in short_names(keys):
+            table.add_column(name, no_wrap=True)
+        rows = sorted(trials, key=lambda trial: (trial.over, -trial.index))[: max(5, self._console.height - 4)]
+        for trial in sorted(rows, key=lambda trial: trial.index):
+            values = [brief(trial.values.get(key, "")) for key in keys]
             style = "dim" if trial.over else None
             table.add_row(*self._cells(trial), *values, style=style)
         return Group(Text(f"{self._name}  {self._overall(trials)}"), table)
@@ -123,7 +124,7 @@ class SweepView:
         place = self._places.get(trial.index) if trial.status == "running" else None
         done = trial.points[-1].epoch if trial.points else 0
         within = f" +{place['step'] / place['steps']:.0%}" if place and place["epoch"] >= done else ""
-        value = "" if trial.value is None else f"{trial.value:.4f}"
+        value = "" if trial.value is None else shown(self._metric, trial.value)
         return [str(trial.index), trial.status, f"{done}/{epochs}{within}", value]
 
     def _overall(self, trials: list[Trial]) -> str:
@@ -146,22 +147,13 @@ class SweepView:
         return f"ETA {duration((now - since) / (done - first) * (self._n_trials - done))}"
 
 
-def short(key: str) -> str:
-    """optimizer.base.lr -> lr"""
-    return SHORT.get(key, key.rpartition(".")[2])
-
-
 def turn_line(trial: Trial, metric: str) -> str:
     """A trial's turn in one plain line."""
-    values = "  ".join(f"{short(k)} {shown_value(v)}" for k, v in trial.values.items())
+    names = short_names(list(trial.values))
+    values = "  ".join(f"{name} {brief(value)}" for name, value in zip(names, trial.values.values(), strict=True))
     if not trial.points and not trial.over:
         return f"trial {trial.index} starts  {values}"
     last = trial.stopped or (trial.points[-1].epoch if trial.points else 0)
-    value = "" if trial.value is None else f"  {metric} {trial.value:.4f}"
+    value = "" if trial.value is None else f"  {metric} {shown(metric, trial.value)}"
     reason = f"  ({trial.reason})" if trial.reason else ""
     return f"trial {trial.index} {trial.status} at epoch {last}{value}  {values}{reason}"
-
-
-def shown_value(value: Any) -> str:
-    """Four digits are enough for the eye."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

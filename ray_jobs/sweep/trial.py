@@ -69,7 +69,7 @@ class TrainTrial(tune.Trainable):
     start (a checkpoint to begin from, or null), until ([metric, level], or null), environment.
 
     A result carries one event as JSON under "event": {kind: epoch, metrics} | {kind: restart, cause} |
-    {kind: trained} | {kind: failed, cause, final} | {kind: place, placement_group}, or {kind: tick}.
+    {kind: trained} | {kind: failed, cause} | {kind: place, placement_group}, or {kind: tick}.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -136,10 +136,7 @@ class Leg:
             error = raised
         finally:
             self._loop.close()
-        if error is None:
-            self._events.put({"kind": "trained"})
-        else:
-            self._events.put({"kind": "failed", **_told(error)})
+        self._events.put({"kind": "trained"} if error is None else {"kind": "failed", "cause": _cause(error)})
 
     def _hold(self, held: ExitStack) -> None:
         """The trial's folder, once the leg of a driver that was killed is gone: Ray takes seconds to end it."""
@@ -158,14 +155,12 @@ class Leg:
         raise asyncio.CancelledError
 
     def _fit(self) -> BaseException | None:
-        from ray.train.v2._internal.callbacks import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.controller import TrainController
-        from ray.train.v2.torch.torch_trainer import TorchTrainer
 
         from ray_jobs.config import from_dict
-        from ray_jobs.trainer import make_trainer, saved_history
+        from ray_jobs.trainer import Trainer, make_trainer, saved_history
 
         class Place(WorkerGroupCallback):
             """Tells where the workers are, for the driver to free if this process dies."""
@@ -176,13 +171,13 @@ class Leg:
 
         leg, place = self, Place()
 
-        class HereTrainer(TorchTrainer):
-            """A TorchTrainer whose controller runs in this thread."""
+        class HereTrainer(Trainer):
+            """A trainer whose controller runs in this thread."""
 
             def _create_default_callbacks(self) -> list[Any]:
                 callbacks = super()._create_default_callbacks()
-                not_needed = (PlacementGroupCleanerCallback, DatasetsCallback)  # each starts a process
-                return [*(callback for callback in callbacks if not isinstance(callback, not_needed)), place]
+                cleaner = PlacementGroupCleanerCallback  # a process; the driver frees the place
+                return [*(callback for callback in callbacks if not isinstance(callback, cleaner)), place]
 
             def _initialize_and_run_controller(self, **controller: Any) -> Any:
                 return leg._control(TrainController, controller)
@@ -261,9 +256,9 @@ def _train_loop(settings: dict[str, Any]) -> None:
     train_loop(settings)
 
 
-def _told(error: BaseException) -> Event:
-    """The cause in a line, and whether trying again is of no use."""
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line."""
     causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
     cause = next(cause for cause in causes if cause is not None)
     kind = "" if isinstance(cause, ConfigError) else f"{type(cause).__name__}: "
-    return {"cause": f"{kind}{first_line(cause)[:MAX_CAUSE]}", "final": isinstance(cause, ConfigError)}
+    return f"{kind}{first_line(cause)[:MAX_CAUSE]}"

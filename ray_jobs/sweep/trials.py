@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_jobs.config import RunConfig
+from ray_jobs.config import DataConfig, RunConfig
 from ray_jobs.explain import checked
 from ray_jobs.sweep.cost import Resource, epochs_within, steps_per_epoch
 from ray_jobs.sweep.space import RUN
@@ -78,3 +79,11 @@ def grounded(path: tuple[str, ...], value: Any) -> Any:
             inner = known[len(path)]
             value = {**value, inner: grounded((*path, inner), value[inner])}
     return value
+
+
+def data_title(data: DataConfig) -> str:
+    """What a trial is on, in a word that may stand in a metric's name: numbers on two of them are not compared."""
+    name = data.name if data.name != "imagefolder" else f"imagefolder {data.root}"
+    parts = [name, f"{data.fraction:g} of it" if data.fraction < 1 else ""]
+    parts.append(f"{data.label_noise:g} of labels wrong" if data.label_noise else "")
+    return re.sub(r"[^\w ./-]", "_", " ".join(filter(None, parts)))

@@ -59,14 +59,16 @@ class SweepTracker:
             run = client.create_run(found, run_name=name, tags={**tags, "phisam.kind": "sweep"})
         return cls(uri, run.info.run_id)
 
-    def describe(self, params: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    def describe(self, params: Mapping[str, str], tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         """What the parent says from its beginning; nothing if it says so already."""
         if self._described:
             return
         self.attach([], texts)
         with asked(self.uri, "take the sweep's parameters"):
             self._client.log_batch(
-                self.run_id, params=[Param(key, value[:MAX_PARAM]) for key, value in params.items()]
+                self.run_id,
+                params=[Param(key, value[:MAX_PARAM]) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
             )
         self._described = True
 
@@ -171,8 +173,8 @@ def check_model_name(name: str) -> None:
     Raises:
         ConfigError: it would refuse.
     """
-    if not re.fullmatch(r"(?!\.\.)[^/:]*[^/:\s][^/:]*", name) or name == "." or len(name) > MAX_MODEL_NAME:
+    if not re.fullmatch(r"(?!\.\.)[^/:']*[^/:'\s][^/:']*", name) or name == "." or len(name) > MAX_MODEL_NAME:
         raise ConfigError(
-            f"--register {name!r}: a registered model's name has no '/' and no ':', does not begin with '..', is not "
+            f"--register {name!r}: a registered model's name has no /, no : and no ', does not begin with '..', is not "
             f"blank, and has at most {MAX_MODEL_NAME} letters"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class Tracker:
         with torch.no_grad():
             output = model(example)
         inputs = example.numpy()
+        before = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)
         with asked(self.uri, f"take the model {name}"), quiet(), tempfile.TemporaryDirectory() as folder:
             mlflow.start_run(run_id=self.run_id)
@@ -97,6 +99,8 @@ class Tracker:
                 )
             finally:
                 mlflow.end_run("RUNNING")  # how the run ends is for the driver to say
+                # MLflow keeps it in the environment, where the next run of this process would read it.
+                mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None takes it out again
             path = Path(folder) / "weights.pt"
             torch.save(model.state_dict(), path)
             self._client.log_artifact(self.run_id, str(path), name)

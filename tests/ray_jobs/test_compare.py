@@ -213,7 +213,7 @@ def test_the_commands(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["compare", "small/sweep", "--format", "csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert cli.main(["compare", "small/sweep", "--metric", "accuracy"]) == 2
-    assert "Reported: " in capsys.readouterr().err
+    assert "Reported: accuracy/test, accuracy/validation, gradient_evaluations, loss/test, " in capsys.readouterr().err
     assert cli.main(["report", "small/sweep"]) == 0
     page = (home / "small-sweep.html").read_text(encoding="utf-8")
     assert "8 trials (7 finished, 1 stopped)" in page

@@ -9,9 +9,9 @@ import pytest
 from ray_jobs import cli, config, train
 from ray_jobs.errors import ConfigError
 from ray_jobs.paths import runs_folder
-from ray_jobs.sweep import run as sweeps
+from ray_jobs.sweep import begun as sweeps
 from ray_jobs.sweep.config import dump_sweep, load_sweep
-from ray_jobs.sweep.driver import DESCRIPTION, JOURNAL
+from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL
 from ray_jobs.tracking import Tracker, tracking_uri
 
 

@@ -153,6 +153,8 @@ def test_the_winner_is_the_one_that_the_sweep_chose() -> None:
     assert chosen is not None
     assert own_choice is not None
     assert (chosen.measure, own_choice.measure) == ("sgd", "trace")
+    both = dataclasses.replace(told, tags={"phisam.winner": f"other,{records[0].run_id}"})  # one on each data set
+    assert content.winner(both, records, METRIC, "max") == chosen
 
 
 def test_savings_and_cost_add_up() -> None:

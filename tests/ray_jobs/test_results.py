@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from ray_jobs import results
+from ray_jobs.formatting import brief, short_names
 from ray_jobs.results import Curve, Interval, RunRecord, Setting, holm, interval, paired, paired_test, settings
 from tests.ray_jobs import synthetic
 
@@ -150,3 +151,18 @@ def test_settings_are_chosen_on_validation_data() -> None:
     assert results.selection_metric("sharpness") == "accuracy/validation"
     assert isinstance(Setting({}, "x", ()).measure, str)
     assert Interval(1.0, 0.5, 1.5, 3).half_width == 0.5
+
+
+def test_settings_are_written_short_and_alike_everywhere() -> None:
+    keys = ["optimizer.n_samples", "optimizer.base.lr", "data.name", "optimizer.measure", "a.every", "b.every"]
+    assert short_names(keys) == ["n", "lr", "data", "measure", "a.every", "b.every"]
+    assert [brief(value) for value in (0.0123456, "0.0123456", 5000, "5000", "word", True, 1e-5)] == [
+        "0.0123",
+        "0.0123",
+        "5000",
+        "5000",
+        "word",
+        "true",
+        "1e-05",
+    ]
+    assert brief({"name": "asam", "eta": 0.0123456}, digits=6) == "asam eta=0.0123456"

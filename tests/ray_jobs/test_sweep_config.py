@@ -10,6 +10,7 @@ import pytest
 
 from ray_jobs.config import load
 from ray_jobs.errors import ConfigError
+from ray_jobs.sweep import variety
 from ray_jobs.sweep.config import dump_sweep, load_sweep, sweep_names
 from ray_jobs.sweep.cost import evaluations_per_epoch
 from ray_jobs.sweep.preview import preview
@@ -175,6 +176,20 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], str, list[str]]] = {
         "sweep.yaml:7: space.optimizer.n_samples: ",
         ["optimizer.rho and optimizer.lam"],
     ),
+    "stopping by results on other data": (
+        [(N, "data.name: {grid: [digits, mnist5k]}")],
+        "sweep.yaml:11: stopping: ",
+        ["asha", "2 data sets (digits, mnist5k)", "none"],
+    ),
+    "learning from results on other data": (
+        [
+            (N, "data.name: {choice: [digits, mnist5k]}"),
+            ("name: random", "name: tpe"),
+            ("stopping:\n  name: asha\n  first_rung: 3\n", ""),
+        ],
+        "sweep.yaml:7: space.data.name: ",
+        ["tpe", "2 data sets", "grid"],
+    ),
     "too many trials": ([("trials: 6", "trials: 10001")], "sweep.yaml:5: space: ", ["10000"]),
 }
 
@@ -293,7 +308,22 @@ def test_the_preview_tells_trials_and_what_they_cost() -> None:
     assert "3-11: chosen by TPE" in text
     most = sum(int(row[5].replace(",", "")) for row in rows) + 9 * 2000
     assert f"at most {most:,} gradient evaluations" in text
-    assert "1 worker a trial, 2 trials at once" in text
+    assert text.endswith("1 worker a trial, 2 trials at once.")
+    text = preview(sweep, None)
+    assert text.endswith("1 worker a trial, as many trials at once as the cluster has place for.")
+
+
+def test_what_trials_may_have_is_told_by_the_largest_and_by_each_data_set() -> None:
+    changes = [(N, "scaling.num_workers: {choice: [1, 4]}"), ("name: random\n  trials: 6", "name: tpe\n  trials: 12")]
+    sweep = load_sweep(write(changed(*changes, ("  scaling.num_workers: 1\n", "  scaling.cpus_per_worker: 0.5\n"))))
+    assert preview(sweep, 1).endswith("1 or 4 workers a trial, one trial at a time.")
+    assert variety.cpus_at_once(sweep, 3) == 6  # not by trial 0, which has one worker
+    none = ("stopping:\n  name: asha\n  first_rung: 3\n", "")
+    sweep = load_sweep(write(changed((N, "data.name: {grid: [digits, mnist5k]}"), none)))
+    assert "On 2 data sets (digits, mnist5k), with a winner on each." in preview(sweep, 1)
+    with pytest.raises(ConfigError, match=r"--register best: the trials are on 2 data sets \(digits, mnist5k\)"):
+        variety.check_one_winner(sweep, "best")
+    variety.check_one_winner(sweep, None)
 
 
 # the sweeps that come with the package

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
-from ray_jobs import config
-from ray_jobs.errors import ConfigError, RunError
+from ray_jobs import checkpoint
+from ray_jobs.sweep import checkpoints, outcome
 from ray_jobs.sweep import driver as drivers
-from ray_jobs.sweep import outcome, prepare
-from ray_jobs.sweep import run as sweeps
-from ray_jobs.sweep.config import SweepConfig, dump_sweep, load_sweep
+from ray_jobs.sweep.config import SweepConfig, load_sweep
 from ray_jobs.sweep.driver import Driver
 from ray_jobs.sweep.journal import Journal
 from ray_jobs.sweep.ledger import Ledger
-from ray_jobs.sweep.prepare import Checks, concurrency
+from ray_jobs.sweep.prepare import Checks
 from ray_jobs.sweep.search import make_search
 from ray_jobs.sweep.stopping import make_stopping
-from ray_jobs.trainer import alone
 
 LAG = 3
 SWEEPS = {
@@ -92,40 +90,52 @@ class Cluster:
 
 
 class Told:
-    """MLflow, as far as the driver knows it. kills: now and then, when it has made a run and nobody knows yet."""
+    """MLflow and its writer, as far as the driver knows them. kills: now and then, when it has made a run and nobody
+    knows yet.
+    """
 
     def __init__(self, kills: random.Random | None = None) -> None:
         self._kills = kills
         self.run_id, self.uri = "sweep", ""
-        self.runs: dict[int, SimpleNamespace] = {}
-        self.made = 0
+        self.runs: dict[str, SimpleNamespace] = {}
+        self._made = 0
 
-    def children(self) -> dict[int, Any]:
-        return self.runs
+    def children(self) -> list[Any]:
+        return list(self.runs.values())
 
-    def child(self, runs: Path, index: int, described: Any, tags: Any) -> str:
-        self.made += 1
-        run_id = f"run-{index}"
-        self.runs[index] = SimpleNamespace(
-            info=SimpleNamespace(run_id=run_id, status="RUNNING"), data=SimpleNamespace(tags={})
+    def child(self, index: int, told: Any) -> str:
+        self._made += 1
+        run_id = f"run-{self._made}"
+        self.runs[run_id] = SimpleNamespace(
+            trial=index,
+            info=SimpleNamespace(run_id=run_id, status="RUNNING"),
+            data=SimpleNamespace(tags={}, metrics={}),
         )
         if self._kills is not None and self._kills.random() < 0.2:
             raise Killed
         return run_id
 
+    def discard(self, run_id: str) -> None:
+        del self.runs[run_id]
+
+    # the writer's part
+
+    def ask(self, run_id: str | None, task: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(task())
+        return done
+
     def reopen(self, run_id: str) -> None:
-        self.runs[int(run_id.removeprefix("run-"))].info.status = "RUNNING"
+        self.runs[run_id].info.status = "RUNNING"
 
     def tag(self, run_id: str, tags: Any) -> None:
         pass
-
-    # the writer's part
 
     def epoch(self, run_id: str, metrics: Any) -> None:
         pass
 
     def end(self, run_id: str, status: str, tags: dict[str, str], history: Any) -> None:
-        run = self.runs[int(run_id.removeprefix("run-"))]
+        run = self.runs[run_id]
         run.info.status, run.data.tags = status, tags
 
 
@@ -137,15 +147,18 @@ class NoChecks(Checks):
         return False
 
 
+def driver_of(sweep: SweepConfig, home: Path, told: Any, at_once: int, checks: Checks | None = None) -> Driver:
+    search, journal = make_search(sweep, LAG), Journal(home / "journal.jsonl")
+    ledger = Ledger(search, make_stopping(sweep))
+    checks = checks or NoChecks()
+    return Driver(sweep, home, home, journal, ledger, search, told, told, checks, print, at_once)
+
+
 def to_the_end(sweep: SweepConfig, home: Path, cluster: Cluster, told: Told, at_once: int = LAG) -> tuple[Driver, int]:
     """Drives a sweep, again and again after each kill; the last driver and how many were killed."""
     killed = 0
     while True:
-        search = make_search(sweep, LAG)
-        journal = Journal(home / "journal.jsonl")
-        ledger = Ledger(search, make_stopping(sweep))
-        driver = Driver(sweep, home, home, journal, ledger, search, told, NoChecks(), at_once)  # type: ignore[arg-type]
-        driver.writer = told  # type: ignore[assignment]
+        driver = driver_of(sweep, home, told, at_once)
         try:
             driver.replay()
             cluster.run(driver)
@@ -153,7 +166,7 @@ def to_the_end(sweep: SweepConfig, home: Path, cluster: Cluster, told: Told, at_
             killed += 1
             continue
         finally:
-            journal.close()
+            driver.journal.close()
         return driver, killed
 
 
@@ -162,7 +175,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
     """The cluster that checkpoints are read from."""
     now: list[Cluster] = []
     monkeypatch.setattr(drivers, "saved_history", lambda folder: now[-1].history(folder))
-    monkeypatch.setattr(drivers, "newest_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(drivers, "usable", lambda folder: folder)
     monkeypatch.setattr(drivers, "only_loopback", lambda: True)
     return now
 
@@ -172,8 +185,8 @@ def result(driver: Driver, told: Told) -> dict[str, Any]:
     best = outcome.winner(
         outcome.settings(list(driver.ledger.trials.values()), driver.search.setting), driver.sweep.better
     )
-    statuses = {index: run.info.status for index, run in told.runs.items()}
-    return {"trials": trials, "winner": best and best[1].index, "mlflow": statuses}
+    statuses = {run.trial: run.info.status for run in told.runs.values()}
+    return {"trials": trials, "winner": best and best.trial.index, "mlflow": statuses}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -194,7 +207,7 @@ def test_a_driver_killed_anywhere_ends_with_the_same_trials_rungs_and_winner(
         ended = result(driver, told)
         expected = expected or ended
         assert ended == expected, f"seed {seed}, {killed} kills"
-        assert told.made == driver.ledger.n_trials  # one run a trial, however often the driver was killed
+        assert len(told.runs) == driver.ledger.n_trials  # one run a trial, however often the driver was killed
         assert len(cluster.trained) == len(set(cluster.trained))  # no epoch is trained twice
     assert kills > 8
     assert expected is not None
@@ -206,11 +219,7 @@ def test_a_trial_that_fails_too_often_ends_failed_and_the_sweep_goes_on(tmp_path
     sweep = sweep_of(tmp_path, "random-median")
     told = Told()
     made_up.append(Cluster(random.Random(0), None))
-    search = make_search(sweep, LAG)
-    ledger = Ledger(search, make_stopping(sweep))
-    journal = Journal(tmp_path / "journal.jsonl")
-    driver = Driver(sweep, tmp_path, tmp_path, journal, ledger, search, told, NoChecks(), 1)  # type: ignore[arg-type]
-    driver.writer = told  # type: ignore[assignment]
+    driver = driver_of(sweep, tmp_path, told, 1)
     leg = driver.next_leg()
     assert leg is not None
     assert leg["retries"] == sweep.retries == 2
@@ -220,64 +229,110 @@ def test_a_trial_that_fails_too_often_ends_failed_and_the_sweep_goes_on(tmp_path
     leg = driver.next_leg()
     assert leg is not None
     assert (leg["trial"], leg["retries"]) == (0, 0)
-    assert not driver.told(0, {"kind": "failed", "cause": "ValueError: no", "final": False})
-    assert told.runs[0].info.status == "FAILED"
-    assert told.runs[0].data.tags == {"phisam.restarts": "2", "phisam.failure": "ValueError: no"}
+    assert not driver.told(0, {"kind": "failed", "cause": "ValueError: no"})
+    assert told.runs["run-1"].info.status == "FAILED"
+    assert told.runs["run-1"].data.tags == {"phisam.restarts": "2", "phisam.failure": "ValueError: no"}
     leg = driver.next_leg()
     assert leg is not None
     assert leg["trial"] == 1
 
 
-def test_a_place_in_the_cluster_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 5.0})
-    described = config.load("digits-frob", ["scaling.num_workers=2"])
-    assert concurrency([described], Checks(), None) == 2
-    with pytest.raises(ConfigError, match=r"3 trials at once: a trial needs 2 CPUs, and the cluster has 5, .* for 2"):
-        concurrency([described], Checks(), 3)
-    with pytest.raises(ConfigError, match=r"num_workers = 6 .* needs 6 CPUs, but the cluster has 5"):
-        concurrency([config.load("digits-frob", ["scaling.num_workers=6"])], Checks(), None)
-
-
-def test_trials_of_one_worker_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
-    shared = config.load("digits-frob", ["scaling.num_workers=1", "scaling.gpus_per_worker=0.5"])
-    assert concurrency([shared], Checks(), None) == 4
-    with pytest.raises(ConfigError, match=r"gpus_per_worker.*must be 1 with num_workers = 2"):
-        config.load("digits-frob", ["scaling.num_workers=2", "scaling.gpus_per_worker=0.5"])
-
-
-def test_a_trial_that_cannot_run_is_said_before_the_first_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_waits_for_an_mlflow_that_is_away_and_those_that_run_go_on(
+    tmp_path: Path, made_up: list[Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    path = tmp_path / "s.yaml"
-    path.write_text(
-        "name: s\nrun: digits-frob\nspace: {training.batch_size: {grid: [32, 5000]}}\nsearch: {name: grid}\n"
-        "stopping: {name: none}\n"
-    )
-    sweep = load_sweep(str(path))
-    with pytest.raises(ConfigError, match=r"trial 1 of s: training.batch_size = 5000"):
-        prepare.Checks().known_trials(sweep, make_search(sweep, 1))
+    monkeypatch.setattr(drivers, "ANSWER_SECONDS", 0.0)
+    made_up.append(Cluster(random.Random(0), None))
+    told = Told()
+    driver = driver_of(sweep_of(tmp_path, "random-median"), tmp_path, told, 2)
+    assert driver.next_leg() is not None
+    away: list[Future[Any]] = []
+
+    def ask(run_id: str | None, task: Callable[[], Any]) -> Future[Any]:
+        away.append(Future())
+        return away[-1]
+
+    monkeypatch.setattr(told, "ask", ask)
+    assert driver.next_leg() is None
+    assert driver.told(0, {"kind": "epoch", "metrics": {"epoch": 1, "accuracy/validation": 0.5}})
+    assert driver.next_leg() is None
+    (asked,) = away  # once
+    asked.set_result(told.child(1, None))
+    leg = driver.next_leg()
+    assert leg is not None
+    assert leg["trial"] == 1
 
 
-def test_another_space_under_the_same_name_and_a_second_driver_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_values_that_make_no_run_fail_their_trial_and_the_sweep_goes_on(
+    tmp_path: Path, made_up: list[Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
-    sweep = sweep_of(tmp_path, "tpe-asha")
-    other = load_sweep(str(tmp_path / "tpe-asha.yaml"), ["search.trials=5"])
-    folder = tmp_path / "a1b2c3d4e5"
-    folder.mkdir()
-    (folder / "sweep.yaml").write_text(dump_sweep(sweep))
-    journal = Journal(folder / "journal.jsonl")
-    sweeps.check_name(other)  # it had not begun
-    journal.append({"event": "begin", "max_concurrent": 1, "register": None, "time": 0.0})
-    with pytest.raises(ConfigError, match=r"a1b2c3d4e5\) was begun with other settings: .*trials"):
-        sweeps.check_name(other)
-    with pytest.raises(RunError, match="phisam sweep --resume a1b2c3d4e5"):
-        sweeps.check_name(sweep)
-    assert sweeps.begun("tpe-asha").folder == sweeps.begun("a1b2c3d4").folder == folder
-    with alone(folder, "sweep"), pytest.raises(RunError, match="sweep a1b2c3d4e5 is being trained by another process"):
-        sweeps.resume(sweeps.begun("tpe-asha"), None, None, None)  # type: ignore[arg-type]
-    journal.append({"event": "end", "winner": 0, "time": 0.0})
-    sweeps.check_name(sweep)  # the same again, once it is over, is a new sweep
+    sweep, told = sweep_of(tmp_path, "tpe-asha"), Told()
+    made_up.append(Cluster(random.Random(0), None))
+    driver = driver_of(sweep, tmp_path, told, 1)
+    suggest = driver.search.suggest
+    bad = {"optimizer.rho": 0.1, "optimizer.n_samples": 1}
+    monkeypatch.setattr(driver.search, "suggest", lambda i, results: bad if i == 0 else suggest(i, results))
+    assert driver.next_leg() is None
+    assert told.runs["run-1"].info.status == "FAILED"
+    assert "optimizer.n_samples: must be 2 or more" in told.runs["run-1"].data.tags["phisam.failure"]
+    leg = driver.next_leg()
+    assert leg is not None
+    assert leg["trial"] == 1
+    driver.journal.close()
+    driver_of(sweep, tmp_path, told, 1).replay()  # such a trial has no description to read again
+
+
+def test_a_trial_whose_newest_checkpoint_is_torn_goes_on_from_an_older_one_and_says_so(
+    tmp_path: Path, made_up: list[Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.append(Cluster(random.Random(0), None))
+    sweep, told = sweep_of(tmp_path, "random-median"), Told()
+    driver = driver_of(sweep, tmp_path, told, 2)
+    first, second = driver.next_leg(), driver.next_leg()
+    assert first is not None
+    assert second is not None
+    history = [{"epoch": epoch, "accuracy/validation": 0.5 + epoch / 100} for epoch in (1, 2)]
+    for epoch in (1, 2):
+        folder = Path(first["folder"]) / f"checkpoint_{epoch}"
+        folder.mkdir()
+        checkpoint.save(folder, {"epoch": epoch}, history[:epoch])
+    torn = Path(first["folder"]) / "checkpoint_2" / "state.pt"
+    torn.write_bytes(torn.read_bytes()[:100])
+    for leg in (first, second):  # trial 1 has a list of checkpoints that is torn, and no checkpoint
+        (Path(leg["folder"]) / checkpoints.LIST).write_text("{")
+    driver.journal.close()
+
+    said: list[str] = []
+    again = driver_of(sweep, tmp_path, told, 2)
+    again.say = said.append
+    monkeypatch.setattr(drivers, "usable", checkpoints.usable)
+    again.replay()
+    assert [line.partition(",")[0] for line in said] == [
+        "trial 0 goes on from epoch 1",
+        "trial 1 goes on from its beginning",
+    ]
+    first, second = again.next_leg(), again.next_leg()
+    assert first is not None
+    assert second is not None
+    assert (first["trial"], first["start"]) == (0, str(torn.parent.parent / "checkpoint_1"))
+    assert (second["trial"], second["start"]) == (1, None)
+    assert not (Path(first["folder"]) / checkpoints.LIST).exists()  # Ray Train would go on from the torn one
+    assert (first["retries"], [point.epoch for point in again.ledger.trials[0].points]) == (sweep.retries, [1])
+
+
+def test_a_member_without_a_checkpoint_fails_and_is_nobodys_donor(
+    tmp_path: Path, made_up: list[Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    made_up.append(Cluster(random.Random(0), None))
+    driver = driver_of(sweep_of(tmp_path, "pbt"), tmp_path, told, 5)
+    legs = [driver.next_leg() for _ in range(5)]
+    folders = [Path(leg["folder"]) for leg in legs if leg is not None]
+    monkeypatch.setattr(drivers, "usable", lambda folder: None if folder == folders[0] else folder)
+    for member in range(5):  # the best is member 0, whose checkpoint is gone
+        for epoch in (1, 2, 3):
+            driver.told(member, {"kind": "epoch", "metrics": {"epoch": epoch, "accuracy/validation": 1 - member / 9}})
+        driver.told(member, {"kind": "trained"})
+    members = driver.ledger.trials
+    assert [member.status for member in members.values()] == ["failed", *["running"] * 4]
+    assert members[0].reason == "no checkpoint of generation 1 can be read"
+    assert [member.start for member in members.values()][1:] == [str(folders[donor]) for donor in (1, 2, 3, 1)]

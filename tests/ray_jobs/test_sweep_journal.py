@@ -169,8 +169,8 @@ def test_a_setting_wins_by_the_mean_over_its_seeds_and_not_by_one_lucky_seed() -
     found = outcome.settings(trials, lambda index: index // 2)
     best = outcome.winner(found, better)
     assert best is not None
-    assert (best[0].values, best[1].index) == ({"optimizer.rho": 2}, 5)
+    assert (best.setting.values, best.trial.index) == ({"optimizer.rho": 2}, 5)
     assert outcome.winner(outcome.settings([trial(0, 0.5, "failed")], lambda index: index), better) is None
-    text = outcome.table(found, "accuracy").splitlines()
-    assert text[0] == "optimizer.rho,mean of accuracy,95% low,95% high,seeds,trials"
-    assert text[2] == "1,0.99,nan,nan,1,2 3"
+    text = outcome.as_csv({"digits": found}, "accuracy").splitlines()
+    assert text[0] == "data,optimizer.rho,mean of accuracy,95% low,95% high,seeds,trials"
+    assert text[2] == "digits,1,0.99,nan,nan,1,2 3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from torch import nn
 
 from ray_jobs import config
 from ray_jobs.callback import EpochWriter
 from ray_jobs.errors import RunError
 from ray_jobs.tracking import Tracker, find_run, open_store, provenance, tracking_uri
+from ray_jobs.tracking.sweep import Child, SweepTracker, trial_of
+from ray_jobs.tracking.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +167,9 @@ assert set(weights) == set(expected["state"])
 def test_models_load_in_a_process_without_this_project(tracker: Tracker, model: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(7, 1, 4, 4)
     model(x)  # BatchNorm's statistics are not the initial ones
+    environment = os.environ.get("MLFLOW_TRACKING_URI")
     tracker.log_model("best", model, x[:2], {"epoch": 3})
+    assert os.environ.get("MLFLOW_TRACKING_URI") == environment, "the next run of this process would take it"
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "RUNNING"
     client = MlflowClient(tracker.uri)
     run = client.get_run(tracker.run_id)
@@ -181,3 +187,85 @@ def test_models_load_in_a_process_without_this_project(tracker: Tracker, model: 
     assert done.returncode == 0, done.stderr
     folder = Path(saved.artifact_location.removeprefix("file://"))
     assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pth")]
+
+
+# a sweep's runs
+
+
+@pytest.fixture
+def sweep(runs: Path, tracker: Tracker) -> SweepTracker:
+    return SweepTracker.start(tracker.uri, runs, "phisam", "s", {"a": "b"})
+
+
+def child(sweep: SweepTracker, index: int) -> str:
+    return sweep.child(index, Child(f"s/{index}", {}, {}, None))
+
+
+def test_a_run_that_was_deleted_is_said_once_and_holds_nothing_up(sweep: SweepTracker) -> None:
+    deleted, other = child(sweep, 0), child(sweep, 1)
+    MlflowClient(sweep.uri).delete_run(deleted)
+    said: list[str] = []
+    writer = Writer(sweep.uri, said.append)
+    for run_id in (deleted, "0" * 32):  # in MLflow's trash, and gone for good
+        writer.epoch(run_id, metrics(1))
+        writer.reopen(run_id)
+        writer.end(run_id, "FINISHED", {"a": "b"}, [metrics(1)])
+    writer.epoch(other, metrics(1))
+    writer.end(other, "FINISHED", {"a": "b"}, [metrics(1), metrics(2)])
+    writer.close()
+    what = "was deleted in MLflow: nothing more is told of it"
+    assert said == [f"run {deleted} {what}", f"run {'0' * 32} {what}"]
+    assert sorted(epochs_in(Tracker(sweep.uri, other))) == [1, 2]
+    run = MlflowClient(sweep.uri).get_run(other)
+    assert (run.info.status, run.data.tags["a"]) == ("FINISHED", "b")
+
+
+def test_what_mlflow_refuses_is_said_and_the_rest_goes_on(sweep: SweepTracker) -> None:
+    said: list[str] = []
+    writer, run_id = Writer(sweep.uri, said.append), child(sweep, 0)
+    writer.epoch(run_id, metrics(1, **{"no?name": 1.0}))
+    writer.epoch(run_id, metrics(2))
+    writer.close()
+    (line,) = said
+    assert "asked to take epoch 1, but: " in line
+    assert sorted(epochs_in(Tracker(sweep.uri, run_id))) == [2]
+
+
+def test_a_run_is_found_however_many_came_after_it(sweep: SweepTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = child(sweep, 77)
+    child(sweep, 0)
+    monkeypatch.setattr("ray_jobs.tracking.server.PAGE", 1)
+    assert find_run(sweep.uri, "s/77").info.run_id == first
+
+
+@pytest.mark.parametrize("lost", ["create_run", "log_batch"])
+def test_a_trials_run_is_one_and_whole_whatever_answer_of_mlflow_was_lost(
+    sweep: SweepTracker, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def once(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        if lost == "create_run":
+            done(*arguments, **named)  # made, and the answer never comes
+        raise MlflowException("timed out")
+
+    told = Child.of(config.load("digits-frob", ["name=s/3"]), {"data.fingerprint": "f"})
+    done = getattr(sweep._client, lost)
+    monkeypatch.setattr(sweep._client, lost, once)
+    with pytest.raises(RunError, match="asked to start the run of trial 3, but: timed out"):
+        sweep.child(3, told)
+    (half,) = sweep.children()
+    assert (trial_of(half), half.data.tags["data.fingerprint"], half.data.params) == (3, "f", {})
+    run_id = sweep.child(3, told)
+    (whole,) = sweep.children()
+    assert (whole.info.run_id, whole.info.run_name) == (run_id, "s/3")
+    assert whole.data.params["measure"] == "frobenius"
+
+
+def test_a_sweep_is_described_once_and_discards_a_run(sweep: SweepTracker) -> None:
+    sweep.describe({"metric": "loss"}, {"phisam.folder": "here"}, {"sweep.yaml": "name: s"})
+    again = SweepTracker(sweep.uri, sweep.run_id)
+    again.describe({"metric": "other"}, {}, {})  # MLflow would refuse to change a parameter
+    parent = MlflowClient(sweep.uri).get_run(sweep.run_id).data
+    assert (parent.params, parent.tags["phisam.folder"]) == ({"metric": "loss"}, "here")
+    again.discard(again.child(0, Child("s/0", {}, {}, None)))
+    assert again.children() == []
