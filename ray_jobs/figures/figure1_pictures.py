@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ray_jobs.figures import style
-from ray_jobs.figures.curves import band, draw_bands
+from ray_jobs.figures.curves import draw_bands
 from ray_jobs.figures.figure1 import METHODS, strengths_panel
 from ray_jobs.figures.figure1_table import LOSS, NORM, Curves
 
@@ -32,7 +34,7 @@ def against_epoch(panels: Mapping[str, Mapping[str, Curves]], data: str) -> Figu
         axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[2.2, 1])
         for column, (title, panel) in enumerate(panels.items()):
             for row, metric in enumerate((NORM, LOSS)):
-                bands = {label: band(curves.of(metric), geometric=True) for label, curves in panel.items()}
+                bands = {label: curves.band(metric) for label, curves in panel.items()}
                 draw_bands(axes[row][column], bands)
                 axes[row][column].set_yscale("log")
             axes[0][column].set_xlabel("")
@@ -51,23 +53,29 @@ def against_loss(panels: Mapping[str, Mapping[str, Curves]], data: str) -> Figur
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         for panel, (title, of_panel) in zip(axes, panels.items(), strict=True):
             for index, (label, curves) in enumerate(of_panel.items()):
-                loss, norm = (band(curves.of(metric), geometric=True).mean for metric in (LOSS, NORM))
+                loss, norm = (curves.band(metric).mean for metric in (LOSS, NORM))
                 panel.plot(loss, norm, label=label, marker="o", markersize=2.5, **style.look(index))
                 panel.plot(loss[-1:], norm[-1:], marker="o", markersize=6, color=style.COLORS[index % 8])
             panel.set(xscale="log", yscale="log", xlabel="training loss")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             style.title(panel, title)
-            _legend(panel)
+            _legend(panel, "lower left")  # training begins at the left, with the largest norms
         axes[0].invert_xaxis()  # training goes to the right; shared with the other panel
         axes[0].set_ylabel(NORM_LABEL)
         figure.suptitle(f"{_about(panels, data)}; large dots: the last epoch", fontsize=10, color="#444444")
     return figure
 
 
-def _legend(panel: Axes) -> None:
-    panel.legend(ncols=2, loc="best", handlelength=2.6)
+def _legend(panel: Axes, where: Literal["best", "lower left"] = "best") -> None:
+    panel.legend(ncols=2, loc=where, handlelength=2.6)
 
 
 def _about(panels: Mapping[str, Mapping[str, Curves]], data: str) -> str:
     seeds = sorted({len(curves.records) for panel in panels.values() for curves in panel.values()})
     counted = " to ".join(map(str, [seeds[0], seeds[-1]] if len(seeds) > 1 else seeds))
-    return f"{data}, ReLU network of 6 layers of 128, Adam; geometric mean ± one standard error over {counted} seeds"
+    over = "one seed ± one standard error of its probes"
+    if seeds != [1]:
+        over = f"geometric mean ± one standard error over {counted} seeds"
+    return f"{data}, ReLU network of 6 layers of 128, Adam; {over}"

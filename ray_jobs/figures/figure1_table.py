@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 
 from ray_jobs.errors import RunError
-from ray_jobs.figures.curves import band
+from ray_jobs.figures.curves import Band, band
 from ray_jobs.figures.figure1 import Setting
 from ray_jobs.results import RunRecord
 
@@ -41,6 +41,15 @@ class Curves:
         """Epoch -> value, for each seed that has the metric."""
         curves = [record.curves[metric] for record in self.records if metric in record.curves]
         return [dict(zip(curve.epochs, curve.values, strict=True)) for curve in curves]
+
+    def band(self, metric: str) -> Band:
+        """Geometric mean and one standard error over seeds; of one seed alone, its value and that of its probes."""
+        over_seeds = band(self.of(metric), geometric=True)
+        errors = self.of(f"{metric}.standard_error") if len(self.records) == 1 else []
+        if not errors:
+            return over_seeds
+        pairs = list(zip(over_seeds.mean, errors[0].values(), strict=True))
+        return replace(over_seeds, low=tuple(m - e for m, e in pairs), high=tuple(m + e for m, e in pairs))
 
     @property
     def seeds(self) -> list[int]:
@@ -87,7 +96,7 @@ def table(curves: Sequence[Curves]) -> str:
 
 def _line(curves: Curves) -> list[str]:
     norms = curves.of(NORM)
-    mean = band(norms, geometric=True)
+    mean = curves.band(NORM)
     last = [fmean(list(curve.values())[-LAST:]) for curve in norms]
     peak = max(range(len(mean.mean)), key=lambda index: mean.mean[index])
     losses, test_losses, accuracies = (curves.of(metric) for metric in (LOSS, "loss/test", "accuracy/test"))
