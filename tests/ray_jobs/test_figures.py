@@ -79,6 +79,15 @@ def curves(scale: float = 1.0) -> Curves:
     return Curves(frob(1e-6), [record(0, scale), record(1, 4 * scale)])
 
 
+def test_of_one_seed_the_band_is_that_of_its_probes() -> None:
+    alone = Curves(frob(1e-6), [record(0, 1.0)]).band("hessian/frobenius_squared")
+    assert alone.mean[0] == pytest.approx(100)
+    assert (alone.low[0], alone.high[0]) == (pytest.approx(95), pytest.approx(105))
+    over_seeds = curves().band("hessian/frobenius_squared")
+    assert over_seeds.low[0] == pytest.approx(100)  # geometric mean 200, and the error of log 100 and log 400 is log 2
+    assert over_seeds.high[0] == pytest.approx(400)
+
+
 def test_the_csv_has_a_line_for_each_seed_and_epoch(tmp_path: Path) -> None:
     write_csv([curves()], tmp_path / "figure1.csv")
     with (tmp_path / "figure1.csv").open() as file:
