@@ -7,7 +7,7 @@
 Read `reference.py` for the paper's algorithms as printed, then `measures.py`, `sharding.py` and `optimizer.py`.
 """
 
-from phisam import schedules, sharpness
+from phisam import diagnostics, schedules, sharpness
 from phisam.catalogue import (
     asam,
     determinant,
@@ -38,6 +38,7 @@ __all__ = [
     "StepRecord",
     "asam",
     "determinant",
+    "diagnostics",
     "dirac",
     "eigen_power",
     "exp_product",

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from phisam.noise import Draw, Scaling, normalize_
+from phisam.noise import Draw, Preconditioning, Scaling, normalize_
+from phisam.preconditioning import SecondMoments, diagonal
 
 Gradients = Sequence[Tensor | None]
 
@@ -49,14 +50,24 @@ class Perturbation:
         self._v_parts = [part.view(p.shape) for part, p in zip(torch.split(self._v, sizes), held, strict=True)]
         self._saved = [torch.empty_like(p) for p in held]
         self._holds_copy = False
+        self._diagonals: dict[Preconditioning, Tensor | None] = {}  # of this step
 
     @torch.no_grad()
-    def draw(self, draw: Draw, seed: int, step: int, gradient: Gradients | None, mask: Tensor | None) -> None:
+    def draw(
+        self,
+        draw: Draw,
+        seed: int,
+        step: int,
+        gradient: Gradients | None,
+        mask: Tensor | None,
+        second_moments: SecondMoments,
+    ) -> None:
         """v <- sign mask T u: u the draw of (seed, step, point), or grad L, T grad L with `adaptive`, over its norm.
 
         Args:
             gradient: grad L, for a noise that is made of it.
             mask: flat and of what this rank holds, or None.
+            second_moments: the base optimizer's, of what this rank holds; D of `preconditioned` takes the place of T.
         """
         self._save()
         noise = draw.noise
@@ -71,6 +82,8 @@ class Perturbation:
         if noise.unit:
             normalize_(self._v, self._norm(self._v))
         self._scale(scaled, noise.scaling)
+        if noise.preconditioning is not None:
+            self._precondition(noise.preconditioning, second_moments)
         if mask is not None:
             self._v.mul_(mask)
         if draw.sign < 0:
@@ -94,6 +107,7 @@ class Perturbation:
         """x again, and the copy is void: the base optimizer may move x now."""
         self.undo()
         self._holds_copy = False
+        self._diagonals.clear()
         torch.clear_autocast_cache()
 
     def _forget_old_values(self) -> None:
@@ -112,6 +126,16 @@ class Perturbation:
             T = torch._foreach_abs([self._saved[i] for i in scaled])
             torch._foreach_add_(T, scaling.eta)
             torch._foreach_mul_([self._v_parts[i] for i in scaled], T)
+
+    def _precondition(self, preconditioning: Preconditioning, second_moments: SecondMoments) -> None:
+        """v <- D v, with one D for all points of a step."""
+        if preconditioning not in self._diagonals:
+            self._diagonals[preconditioning] = diagonal(
+                second_moments(), self._held, preconditioning, self._norm, self._d
+            )
+        D = self._diagonals[preconditioning]
+        if D is not None:
+            self._v.mul_(D)
 
 
 class Rows:

@@ -90,6 +90,7 @@ class Monitor:
     def __init__(self, device: torch.device, overflow_expected: bool) -> None:
         self._overflow_expected = overflow_expected
         self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._on_host = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")  # skipped steps, w_0
         self._arrived = torch.Event(device) if device.type == "cuda" else None
         self._every = 1
@@ -104,11 +105,21 @@ class Monitor:
     def skipped_steps(self, count: int) -> None:
         self._skipped.fill_(count)
 
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Waits for the device."""
+        return int(self._in_a_row)
+
+    @skipped_in_a_row.setter
+    def skipped_in_a_row(self, count: int) -> None:
+        self._in_a_row.fill_(count)
+
     def record(self, taken: Tensor, weight_0: Tensor, every: int) -> None:
         """After a step, one of `every` that has the sharpness term; scalar tensors on the device, w_0 in float64."""
         self._report()
         self._every = every
         self._skipped += ~taken
+        self._in_a_row.add_(1).mul_(~taken)
         self._on_host.copy_(torch.stack([self._skipped, weight_0]), non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()

@@ -25,6 +25,8 @@ _LOWEST = -(1 << 63)  # random_ from here, without an end, draws all 64 bits
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
 
+_BOTH = "adaptive and preconditioned each say how far a parameter is moved; use one of them"
+
 Fill = Callable[[Tensor, Generator], None]
 Scaled = Literal["all", "weight"]
 
@@ -39,6 +41,14 @@ class Scaling:
     def acts_on(self, name: str) -> bool:
         """Whether the parameter of this name is scaled."""
         return self.scaled == "all" or "weight" in name
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """D = (sqrt(m2) / rms + damping)^-power, over its root mean square; see `Noise.preconditioned`."""
+
+    power: float
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,8 @@ class Noise:
     What v starts from is one of: `fill(block, generator)`, which overwrites a flat block of v with independent entries
     of one distribution; `value`, a fixed vector (d,); or grad L(x), where `fill` and `value` are None.
 
-    unit: v is then divided by its norm over all parameters together. scaling, mask: see `adaptive` and `masked`.
-    paired: see `antithetic`. two_sided: see `symmetric`.
+    unit: v is then divided by its norm over all parameters together. scaling, preconditioning, mask: see `adaptive`,
+    `preconditioned` and `masked`. paired: see `antithetic`. two_sided: see `symmetric`.
     """
 
     name: str
@@ -75,6 +85,7 @@ class Noise:
     value: Tensor | None = None
     unit: bool = False
     scaling: Scaling | None = None
+    preconditioning: Preconditioning | None = None
     mask: Tensor | FisherMask | None = None
     paired: bool = False
     two_sided: bool = False
@@ -141,7 +152,43 @@ class Noise:
             raise ValueError(f"adaptive: eta must be a finite number >= 0, got {eta!r}")
         if scaled not in ("all", "weight"):
             raise ValueError(f'adaptive: scaled must be "all" or "weight", got {scaled!r}')
+        if self.preconditioning is not None:
+            raise ValueError(f"{self.name}: {_BOTH}")
         return replace(self, name=f"{self.name}, adaptive", scaling=Scaling(float(eta), scaled))
+
+    def preconditioned(self, power: float = 1.0, damping: float = 0.1) -> Noise:
+        """v becomes D v, with D the diagonal that the base optimizer itself scales its steps by:
+
+            D_j = c (sqrt(m2_j) / rms + damping)^-power,     rms = sqrt(mean_j m2_j),     c so that mean_j D_j^2 = 1
+
+        and m2 the base optimizer's running second moment of g: Adam, AdamW, RMSprop, Adagrad and their kin. The mean is
+        over all parameters together, so E‖D v‖^2 = E‖v‖^2 for every mu whose coordinates have one variance, and rho
+        means what it means without D. Adam's bias correction, one factor for all, cancels, and so does the scale of the
+        loss. Before the base optimizer has a second moment, in the first step, D = 1.
+
+        The measure is then that of D H D: `frobenius` estimates sum_ij D_i^2 D_j^2 H_ij^2. As with `adaptive`, g is the
+        gradient with D held.
+
+        Args:
+            power: > 0; 1 is Adam's own diagonal, 0.5 its square root.
+            damping: > 0, relative to rms: a weight that never had a gradient, such as one behind an image's black
+                border, is moved damping^-power times as far as it would be at 0 power, and not without bound.
+
+        Raises:
+            ValueError: a number is out of range, mu is not drawn, or the noise is adaptive.
+        """
+        for name, value in (("power", power), ("damping", damping)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"preconditioned: {name} must be a finite number > 0, got {value!r}")
+        if self.fill is None:
+            raise ValueError(f"preconditioned: {self.name} is one vector and not drawn: its length would not stay")
+        if self.scaling is not None:
+            raise ValueError(f"{self.name}: {_BOTH}")
+        return replace(
+            self,
+            name=f"{self.name}, preconditioned",
+            preconditioning=Preconditioning(float(power), float(damping)),
+        )
 
     def masked(self, mask: Tensor | Sequence[Tensor] | FisherMask) -> Noise:
         """v becomes mask * v (after normalisation): 0 leaves a parameter unperturbed.

@@ -31,6 +31,7 @@ from phisam.layout import Layout
 from phisam.masks import Masks
 from phisam.measures import Measure
 from phisam.noise import Noise, key
+from phisam.preconditioning import check_preconditioner, second_moments
 from phisam.record import StepRecord
 from phisam.schedules import Schedule, Scheduled
 from phisam.sharding import Deal, LossExchange, SampleMesh, Scope
@@ -132,6 +133,7 @@ class PhiSAM(Optimizer):
     @measure.setter
     def measure(self, measure: Measure) -> None:
         checks.check_measure(measure, self.n_samples, self.rho)
+        check_preconditioner(measure, self.base_optimizer)
         self._measure, self._masks = measure, Masks(measure.noises)
         self._layout.forget()  # given masks must fit x, wherever it lies
 
@@ -179,6 +181,11 @@ class PhiSAM(Optimizer):
     def skipped_steps(self) -> int:
         """Steps not taken because a loss or gradient was inf or NaN. Reading it waits for the device."""
         return self._monitor.skipped_steps
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the last steps were skipped without one taken among them. Reading it waits for the device."""
+        return self._monitor.skipped_in_a_row
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
@@ -312,7 +319,8 @@ class PhiSAM(Optimizer):
     def _draw(self, evaluation: Evaluation, direction: Gradients | None) -> None:
         if evaluation.draw is not None:
             mask = self._masks.of(evaluation.draw.noise)
-            self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, mask)
+            moments = partial(second_moments, self.base_optimizer, self._layout.parameters, self._wrapping)
+            self._perturbation.draw(evaluation.draw, self.seed, self._step, direction, mask, moments)
 
     def _direction(self, gradient: Gradients) -> Gradients:
         """grad L(x) of the scope."""
@@ -350,6 +358,7 @@ class PhiSAM(Optimizer):
             "rho": None if PhiSAM.rho.is_scheduled(self) else self.rho,  # code, not state; it may have ended
             "lam": None if PhiSAM.lam.is_scheduled(self) else self.lam,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "masks": self._masks.state(),
         }
         return {**self.base_optimizer.state_dict(), "phisam": own}
@@ -376,6 +385,7 @@ class PhiSAM(Optimizer):
         if own["lam"] is not None and not PhiSAM.lam.is_scheduled(self):
             self.lam = own["lam"]
         self._monitor.skipped_steps = own["skipped_steps"]
+        self._monitor.skipped_in_a_row = own.get("skipped_in_a_row", 0)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

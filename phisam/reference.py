@@ -184,6 +184,12 @@ def ssam(L: Loss, x: Tensor, rho: float, mask: Tensor) -> Tensor:
     return gradient(L, w + m * eps)
 
 
+def preconditioned(v: Tensor, m2: Tensor, power: float, damping: float) -> Tensor:
+    """D v with D_j = (sqrt(m2_j) / rms + damping)^-power, rms^2 = mean_j m2_j, over its root mean square. Ours."""
+    D = (m2.sqrt() / m2.mean().sqrt() + damping) ** -power
+    return D / (D**2).mean().sqrt() * v
+
+
 def symmetric_loss(L: Loss, x: Tensor, v: Tensor, rho: float, phi: Phi, psi: Psi, lam: float = 1.0) -> Tensor:
     """`sharpness_aware_loss` with the mean over the pair x + rho v_i, x - rho v_i in place of L(x + rho v_i). Ours."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import phisam
 from tests.phisam.cases import CASES
-from tests.phisam.test_optimizer import examples
+from tests.phisam.test_optimizer import examples, make_model
 
 Part = Callable[[Tensor], Tensor]
 NoiseOf = Callable[[nn.Module], "phisam.Noise | list[phisam.Noise]"]
@@ -27,10 +27,21 @@ class Entry:
     lam: float = 0.2
     n_samples: int = 4
 
+    @property
+    def preconditioned(self) -> bool:
+        """Needs a base optimizer with a second moment."""
+        return self.noise is not None and "preconditioned" in getattr(self.noise(make_model()), "name", "")
+
+    def base(self, parameters: Any, lr: float | None = None) -> torch.optim.Optimizer:
+        """SGD with momentum, with lr the plain one; Adam where the noise asks for it."""
+        if self.preconditioned:
+            return torch.optim.Adam(parameters, lr=0.05 if lr is None else lr)
+        return sgd(parameters) if lr is None else torch.optim.SGD(parameters, lr=lr)
+
     def optimizer(self, model: nn.Module, base: torch.optim.Optimizer | None = None, **settings: Any) -> phisam.PhiSAM:
         return phisam.PhiSAM(
             model,
-            base if base is not None else sgd(model.parameters()),
+            base if base is not None else self.base(model.parameters()),
             self.make(),
             **{
                 "noise": None if self.noise is None else self.noise(model),
@@ -64,6 +75,10 @@ OPTIONS: dict[str, NoiseOf] = {
     "antithetic": lambda _: phisam.gaussian().antithetic(),
     "adaptive": lambda _: phisam.gaussian().adaptive(eta=0.01),
     "adaptive_weights": lambda _: phisam.sphere().adaptive(scaled="weight"),
+    "preconditioned": lambda _: phisam.gaussian().preconditioned(),
+    "preconditioned_sphere": lambda model: (
+        phisam.sphere().preconditioned(power=0.5, damping=0.3).masked(every_other(model)).symmetric()
+    ),
     "masked": lambda model: phisam.gaussian().masked(every_other(model)),
     "fisher_masked": lambda _: phisam.gaussian().masked(fisher()),
     "all_options": lambda model: phisam.rademacher().adaptive(eta=0.01).masked(every_other(model)).symmetric(),

@@ -1,9 +1,13 @@
-"""Runs a function on W gloo processes of this machine and returns what each rank returned."""
+"""Runs a function on W gloo processes of this machine and returns what each rank returned.
+
+They are forked from a process that has imported what most of them need, and has done nothing else.
+"""
 
 from __future__ import annotations
 
 import datetime
 import gc
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +17,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+PRELOADED = ["pytest", "phisam", "torchvision", "ray.train.torch", "ray_jobs.worker"]
+
 
 def run(world_size: int, function: Callable[[int], Any]) -> list[Any]:
     """[function(rank) for rank in ranks], each in a process of its own; results must be loadable by torch.load."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, args=(world_size, folder, function), nprocs=world_size, join=True)
+        torch.multiprocessing.start_processes(
+            _process, args=(world_size, folder, function), nprocs=world_size, start_method="forkserver"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -162,6 +162,9 @@ def test_an_exception_at_any_point_leaves_everything_as_it_was(name: str, where:
 @pytest.mark.parametrize("base", ["sgd", "fused_adam"])
 @every_measure
 def test_lam_0_is_the_base_optimizer_bit_for_bit(name: str, base: str) -> None:
+    if base == "sgd" and TABLE[name].preconditioned:
+        pytest.skip("SGD has no second moment")
+
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         if base == "sgd":
             return sgd(model.parameters())
@@ -226,7 +229,7 @@ def test_a_zero_gradient_gives_a_well_defined_step(name: str, flat: str) -> None
     x = examples()[0].double()
     start = torch.zeros(4, dtype=torch.float64)
     model = Weights(start)
-    opt = TABLE[name].optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = TABLE[name].optimizer(model, TABLE[name].base(model.parameters(), lr=0.1))
     factor = 1.0 if flat == "at_x" else 0.0
     for _ in range(2):
         opt.step(lambda part: 1 + factor * (model(part(x)) ** 2).mean())
@@ -246,7 +249,7 @@ def test_one_parameter_of_one_number(name: str, shape: tuple[int, ...]) -> None:
     """L = mean (a x - 3)^2: g is sum_e w_e dL/dx at the points that the closure was evaluated at."""
     a = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
     model = Weights(torch.full(shape, 0.7, dtype=torch.float64))
-    opt = TABLE[name].optimizer(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    opt = TABLE[name].optimizer(model, TABLE[name].base(model.parameters(), lr=0.0))
     points: list[Tensor] = []
 
     def closure(part: Part) -> Tensor:
@@ -267,7 +270,7 @@ def test_one_parameter_of_one_number(name: str, shape: tuple[int, ...]) -> None:
 def test_an_empty_parameter_group_changes_nothing(name: str) -> None:
     def train(groups: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
         model = make_model()
-        opt = TABLE[name].optimizer(model, sgd(groups(model)))
+        opt = TABLE[name].optimizer(model, TABLE[name].base(groups(model)))
         for _ in range(3):
             opt.step(closure_of(model))
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -316,7 +319,7 @@ def network() -> nn.Module:
 def train(name: str, mesh: SampleMesh, *, ddp: bool) -> dict[str, Tensor]:
     model = network()
     wrapped = DistributedDataParallel(model) if ddp else model
-    opt = TABLE[name].optimizer(wrapped, sgd(model.parameters()), mesh=mesh, seed=7)
+    opt = TABLE[name].optimizer(wrapped, TABLE[name].base(model.parameters()), mesh=mesh, seed=7)
     x, y = (part.chunk(mesh.data_size)[mesh.data_rank] for part in examples())
     for step in range(5):
         opt.step(lambda part: nn.functional.cross_entropy(wrapped(part(x.double())), part(y)))

@@ -40,6 +40,7 @@ MEASURES: dict[str, Callable[[], Settings]] = {
         "lam": 0.01,
     },
     "adaptive": lambda: {"measure": phisam.trace(), "noise": phisam.sphere().adaptive(0.01, scaled="weight")},
+    "preconditioned": lambda: {"measure": phisam.trace(), "noise": phisam.gaussian().preconditioned()},
     "symmetric": lambda: {"measure": phisam.frobenius(), "noise": phisam.gaussian().symmetric(), "lam": 0.01},
     "antithetic": lambda: {"measure": phisam.trace(), "noise": phisam.gaussian().antithetic()},
     "dirac": lambda: {"measure": phisam.trace(), "noise": phisam.dirac(torch.linspace(-1, 1, D).double())},
@@ -92,10 +93,14 @@ def closures(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Callab
     return [closure_on(x, y) for x, y in data]
 
 
+def base_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01) if name == "preconditioned" else sgd(model.parameters())
+
+
 def optimizer(model: nn.Module, name: str, mesh: SampleMesh, **settings: Any) -> phisam.PhiSAM:
     return phisam.PhiSAM(
         model,
-        sgd(model.parameters()),
+        base_of(name, model),
         **{"rho": 0.1, "lam": 0.3, "n_samples": 2, "seed": 7, "mesh": mesh, **MEASURES[name](), **settings},
     )
 
@@ -301,7 +306,7 @@ def _overflow_of_one_piece(mesh: SampleMesh) -> dict[str, Any]:
 def _lam_0(name: str) -> list[Tensor]:
     """With lam = 0, and FSDP2 with the base optimizer alone."""
     model, plain = layers_and_rest(make_model()), layers_and_rest(make_model())
-    opt, plain_opt = optimizer(model, name, sharded_mesh(), lam=0.0), sgd(plain.parameters())
+    opt, plain_opt = optimizer(model, name, sharded_mesh(), lam=0.0), base_of(name, plain)
     for _ in range(3):
         opt.step(closures(model, batches(opt.mesh)))
         plain_opt.zero_grad()

@@ -232,11 +232,16 @@ def test_a_step_with_inf_or_nan_is_skipped_counted_and_said_once(
         for slot, value in slots.items():
             if isinstance(value, Tensor):
                 assert torch.equal(value, after_base["state"][index][slot]), slot
-    assert opt.skipped_steps == 3
+    assert (opt.skipped_steps, opt.skipped_in_a_row) == (3, 3)
     assert sum("is skipped" in record.getMessage() for record in caplog.records) == 1
     opt.step(closure_of(model))
     assert not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
-    assert opt.skipped_steps == 3
+    assert (opt.skipped_steps, opt.skipped_in_a_row) == (3, 0)
+    opt.step(closure)
+    other, resumed = make(phisam.log_determinant(), base)
+    resumed.load_state_dict(opt.state_dict())
+    resumed.step(lambda: closure_of(other)() * math.inf)
+    assert (resumed.skipped_steps, resumed.skipped_in_a_row) == (5, 2)
 
 
 def test_negative_w_0_is_said_once_with_its_number(caplog: pytest.LogCaptureFixture) -> None:
