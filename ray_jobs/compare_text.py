@@ -13,22 +13,23 @@ from rich.text import Text
 
 from ray_jobs.compare import Comparison, Row
 from ray_jobs.formatting import axis_value, difference, p_value, shown, shown_interval
+from ray_jobs.whole_table import print_whole
 
 Cells = list[str]
 
 
 def print_table(comparisons: Sequence[Comparison], console: Console) -> None:
-    """Columns that the terminal has room for, notes below."""
+    """A table for each problem, its notes below."""
     for i, done in enumerate(comparisons):
         if i:
             console.print()
         console.print(Text(heading(done)), soft_wrap=True)
         table = Table(box=None, pad_edge=False)
         for place, name in enumerate(head(done)):
-            table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=place > 0)
+            table.add_column(name, justify="right" if place else "left", no_wrap=True)
         for row in done.rows:
             table.add_row(*map(Text, cells(row, done)))
-        console.print(table)
+        print_whole(table, console)
         for note in done.notes:
             console.print(Text(f"Note: {note}"))
 

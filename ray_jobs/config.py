@@ -17,15 +17,28 @@ from functools import partial
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer
 
 from ray_jobs import paper
 from ray_jobs.errors import ConfigError
-from ray_jobs.explain import nearest, validated
+from ray_jobs.explain import nearest, refusal, validated
 from ray_jobs.optimizer_config import ConstantSchedule, OptimizerConfig, ScheduleConfig
-from ray_jobs.section import AbsolutePath, Count, Positive, Section
+from ray_jobs.redaction import redacted, without_secrets
+from ray_jobs.section import (
+    NAME_PATTERN,
+    OWN,
+    AbsolutePath,
+    ByName,
+    Count,
+    Options,
+    OwnName,
+    Positive,
+    Section,
+    is_own,
+    told_secrets,
+)
 from ray_jobs.sharpness.config import SharpnessConfig
-from ray_jobs.yaml_source import Source, read_file, read_override, read_yaml, write_yaml
+from ray_jobs.yaml_source import Source, read_file, read_override, read_yaml, shown, write_yaml
 
 __all__ = [
     "DataConfig",
@@ -48,10 +61,14 @@ __all__ = [
 # data and model
 
 
+DataName = Literal["digits", "mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
+
+
 class DataConfig(Section):
     """Which images, how many of them, and how they are changed."""
 
-    name: Literal["digits", "mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
+    name: DataName | OwnName
+    options: Options = Field(default_factory=dict)
     root: AbsolutePath | None = Field(None, strict=False, description="folder of the data set's files")
     download: bool = Field(False, description="let torchvision download what is missing into root")
     fraction: float = Field(1.0, gt=0, le=1, description="first part of the training examples; 0.1 is Table 2's -S")
@@ -62,25 +79,35 @@ class DataConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         folders = self.name == "imagefolder"
+        yield from _unused_options(self.name, self.options)
         if self.download and folders:
             yield "download", "must be false: imagefolder is read from your own folder, data.root"
+        if self.download and is_own(self.name):
+            yield "download", f"must be false: {self.name} does itself what it needs"
         if self.image_size is None and folders:
             yield "image_size", "missing; imagefolder needs it, for example 64"
         if self.image_size is not None and not folders:
             yield "image_size", f"belongs to imagefolder; the images of {self.name} have their own size"
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        return settings if is_own(self.name) else {k: v for k, v in settings.items() if k != "options"}
 
 
 TorchvisionName = Annotated[str, Field(pattern="^torchvision/[a-z0-9_]+$", examples=["torchvision/resnet50"])]
 
 
 class ModelConfig(Section):
-    """A model by name: mlp, convnet, resnet18 (CIFAR form), or torchvision/<name>."""
+    """A model by name: mlp, convnet, transformer, resnet18 (CIFAR form), torchvision/<name>, or your own function's."""
 
-    name: Literal["mlp", "convnet", "resnet18"] | TorchvisionName
+    name: Literal["mlp", "convnet", "transformer", "resnet18"] | TorchvisionName | OwnName
+    options: Options = Field(default_factory=dict)
     width: Count = Field(128, description="mlp: units of a hidden layer")
     depth: Count = Field(6, description="mlp: linear layers before the last one")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from _unused_options(self.name, self.options)
         if self.name != "mlp":
             for key in sorted({"width", "depth"} & self.model_fields_set):
                 yield key, f"belongs to mlp, not to {self.name}; leave it out"
@@ -88,10 +115,28 @@ class ModelConfig(Section):
     @model_serializer(mode="wrap")
     def _own_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         settings: dict[str, Any] = handler(self)
-        return settings if self.name == "mlp" else {"name": self.name}
+        own = ("options",) if is_own(self.name) else ("width", "depth") if self.name == "mlp" else ()
+        return {key: settings[key] for key in ("name", *own)}
+
+
+def _unused_options(name: str, options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if options and not is_own(name):
+        yield "options", f"belong to a function of your own, {OWN}, not to {name}; leave them out"
+    yield from told_secrets(options)
 
 
 # the rest
+
+
+class DivergenceConfig(Section):
+    """What is done when a loss or a gradient is inf or NaN in many steps in a row. Each such step is skipped anyway."""
+
+    after: Count = Field(20, description="steps in a row; looked at every so many steps")
+    action: Literal["stop", "roll_back"] = Field(
+        "stop", description="stop: end with a diagnosis; roll_back: to the newest checkpoint before, with a lower rate"
+    )
+    lr_factor: float = Field(0.5, gt=0, lt=1, description="roll_back: what the rate is multiplied by, each time")
+    at_most: Count = Field(3, description="roll_back: times; then stop")
 
 
 class TrainingConfig(Section):
@@ -109,19 +154,56 @@ class TrainingConfig(Section):
         0, ge=0, lt=2**63, description="initial weights, order of examples, augmentation, noise, dropout, splits"
     )
     channels_last: bool = False
+    on_divergence: DivergenceConfig = DivergenceConfig()
+
+
+class WorkerRange(Section):
+    """As many workers as the cluster has place for: nodes may come and go."""
+
+    min: Count
+    max: Count
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.max < self.min:
+            yield "max", f"must be at least min = {self.min}, not {self.max}"
+
+
+def _workers(value: Any, _: Any) -> int | WorkerRange:
+    """In place of pydantic's union, which would say what is wrong with each alternative."""
+    if isinstance(value, dict | WorkerRange):
+        return WorkerRange.model_validate(value)
+    if type(value) is int and value >= 1:
+        return value
+    found = refusal([("", f"must be an integer >= 1, or a range such as {{min: 1, max: 4}}, not {shown(value)}")])
+    assert found
+    raise found
+
+
+Workers = Annotated[Count | WorkerRange, WrapValidator(_workers)]
 
 
 class ScalingConfig(Section):
     """Ray Train workers."""
 
-    num_workers: Count = 1
+    num_workers: Workers = Field(1, description="a number, or {min: 1, max: 4}: as many as the cluster has place for")
     use_gpu: Literal["auto"] | bool = Field("auto", description="auto: if the cluster has a GPU for each worker")
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: float = Field(1.0, gt=0, le=1, description="below 1, trials of one worker share a GPU")
 
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that the run may have."""
+        workers = self.num_workers
+        return range(workers, workers + 1) if isinstance(workers, int) else range(workers.min, workers.max + 1)
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the largest."""
+        return self.sizes[-1]
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.gpus_per_worker < 1 and self.num_workers > 1:
-            told = f"must be 1 with num_workers = {self.num_workers}: workers of one run cannot share a GPU (NCCL)"
+        if self.gpus_per_worker < 1 and self.most_workers > 1:
+            told = f"must be 1 with num_workers = {self.most_workers}: workers of one run cannot share a GPU (NCCL)"
             yield "gpus_per_worker", told
 
 
@@ -130,11 +212,11 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, else the store in the runs folder")
     experiment: str = Field("phisam", min_length=1)
-    tags: dict[str, str] = Field(default_factory=dict)
+    tags: Annotated[dict[str, str], AfterValidator(without_secrets)] = Field(default_factory=dict)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.uri is not None and re.search("//[^/@]*:[^/@]*@", self.uri):
-            yield "uri", "must not carry a password, since descriptions are logged: set MLFLOW_TRACKING_URI instead"
+        if self.uri is not None and re.search("//[^/]*@", self.uri):
+            yield "uri", "must not carry a password or user, since descriptions are logged: set MLFLOW_TRACKING_URI"
 
 
 class CheckpointConfig(Section):
@@ -142,20 +224,23 @@ class CheckpointConfig(Section):
 
     storage: AbsolutePath | None = Field(None, strict=False, description="null: the runs folder")
     every_epochs: Count = 1
-    keep: Count = 2
+    every_steps: Count | None = Field(None, description="null: at ends of epochs alone, unless every_minutes is set")
+    every_minutes: Positive | None = Field(None, description="since the last one, of whatever kind")
+    keep: Count = Field(2, description="the newest, and beside them as many at ends of epochs")
+    grace_seconds: Positive = Field(20.0, description="within which SIGTERM to phisam saves the run and ends it")
 
 
 class RunConfig(Section):
     """A complete run."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+        pattern=NAME_PATTERN,
         max_length=100,
         examples=["mnist5k-frob, of letters, digits, '.', '_', '-' and '/', at most 100"],
     )
-    description: str = ""
-    data: DataConfig
-    model: ModelConfig
+    description: Annotated[str, AfterValidator(redacted)] = ""
+    data: Annotated[DataConfig, ByName()]
+    model: Annotated[ModelConfig, ByName()]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ConstantSchedule(name="constant")
     training: TrainingConfig
@@ -166,16 +251,17 @@ class RunConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """(dotted key, what it must be) for what does not fit between sections."""
-        if self.data.root is None and self.data.name not in ("digits", "mnist5k"):
+        if self.data.root is None and self.data.name not in ("digits", "mnist5k") and not is_own(self.data.name):
             yield (
                 "data.root",
                 f"missing; {self.data.name} is read from a folder, or downloaded to it with download: true",
             )
-        workers, sample_ranks = self.scaling.num_workers, self.optimizer.sample_parallel
-        if sample_ranks != "auto" and workers % sample_ranks:
+        sample_ranks = self.optimizer.sample_parallel
+        undivided = [] if sample_ranks == "auto" else [W for W in self.scaling.sizes if W % sample_ranks]
+        if undivided:
             yield (
                 "optimizer.sample_parallel",
-                f"must divide scaling.num_workers = {workers} (workers = data ranks x sample ranks), "
+                f"must divide scaling.num_workers = {undivided[0]} (workers = data ranks x sample ranks), "
                 f"not {sample_ranks}. Or set it to auto",
             )
         schedules = {

@@ -5,7 +5,8 @@ alone:
 
 1. read: the data set's own training and test examples, as `sources.py` says.
 2. `fraction`: the first part of the training examples, e.g. 0.1 for the paper's 10 %.
-3. `validation_fraction`: that part of them, chosen by the seed, becomes the validation split.
+3. `validation_fraction`: that part of them, chosen by the seed, becomes the validation split; not where a user's own
+   data have one.
 4. `label_noise`: that part of the remaining training labels, chosen by the seed, turns into another class, each
    of the others equally likely. Validation and test labels stay clean: they choose and judge models.
 
@@ -27,7 +28,8 @@ from torch.nn.functional import pad
 from phisam.noise import key
 from ray_jobs import sources
 from ray_jobs.config import DataConfig
-from ray_jobs.errors import ConfigError
+from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.section import is_own
 from ray_jobs.sources import Split
 
 __all__ = [
@@ -84,21 +86,31 @@ class Dataset:
         return lambda images: images.to(dtype).sub_(mean).div_(std)
 
 
-def load_dataset(config: DataConfig, seed: int) -> Dataset:
+def load_dataset(config: DataConfig, seed: int, expected: str | None = None) -> Dataset:
     """The data set on the CPU, after the steps in the module's docstring.
+
+    expected: the fingerprint that another process found, which shall be found here too.
 
     Processes are not coordinated here: with `download` true the driver calls this once before the workers
     start, and they find the files (on a cluster of several nodes in a `root` that all of them see).
 
     ConfigError: files that are not where they were sought, are damaged or too large; a missing package; an
-    empty split. RunError: a download that failed.
+    empty split. RunError: a download that failed; data other than expected.
     """
-    train, test, num_classes = sources.read(config)
+    source = sources.read_own(config, seed) if is_own(config.name) else sources.read(config)
+    train, test, num_classes, validation = source
     train = train[: round(config.fraction * len(train))]
-    train, validation = _cut_validation(train, config, seed)
+    if validation is None:
+        train, validation = _cut_validation(train, config, seed)
     train = _with_label_noise(train, config.label_noise, num_classes, seed)
     mean, std = _pixel_statistics(train.images)
     fingerprint = _fingerprint(train, validation, test)
+    if expected not in (None, fingerprint):
+        raise RunError(
+            f"data.name = {config.name}: this worker's data have the fingerprint {fingerprint}, the driver's "
+            f"{expected}. All workers need the same examples: look for files that differ between nodes"
+            + (", or for what in your function depends on more than the seed and its options" * is_own(config.name))
+        )
     return Dataset(config.name, train, validation, test, num_classes, mean, std, fingerprint)
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ray_jobs.errors import ConfigError
+from ray_jobs.redaction import MASK, is_secret
 from ray_jobs.yaml_source import Path, Problem, Source, shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -84,17 +85,18 @@ class _Explainer:
     def problems(self, detail: ErrorDetails) -> Iterator[Problem]:
         """One of pydantic's findings, at its place in the file and in words."""
         spot = self._find(detail["loc"])
+        value = MASK if any(is_secret(str(part)) for part in spot.path) else detail["input"]
         if detail["type"] == "refusal":
             for key, what in detail["ctx"]["findings"]:
                 yield self._problem((*spot.path, *(key.split(".") if key else ())), what)
         elif detail["type"] == "extra_forbidden":
-            yield self._problem(spot.path, self._unknown_key(spot, detail["input"]))
+            yield self._problem(spot.path, self._unknown_key(spot, value))
         elif detail["type"] == "missing":
             yield self._problem(spot.path, f"missing; it must be {self._allowed(spot.node)}")
         elif "discriminator" in spot.node:
             yield self._choice(spot)
         else:
-            yield self._problem(spot.path, self._wrong_value(spot.node, detail["input"]))
+            yield self._problem(spot.path, self._wrong_value(spot.node, value))
 
     def _problem(self, path: Path, text: str) -> Problem:
         return Problem(self._source.place(path), path, text)
@@ -226,7 +228,8 @@ class _Explainer:
             case "object" if "properties" in node:
                 return f"a section with the keys {', '.join(node['properties'])}"
             case "object":
-                return "a section of names and texts"
+                texts = node["additionalProperties"].get("type") == "string"
+                return f"a section of names and {'texts' if texts else 'values'}"
             case _:
                 example = f" such as {node['examples'][0]}" if "examples" in node else ""
                 kind = "the path of a folder" if node.get("format") == "path" else "text"

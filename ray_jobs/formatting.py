@@ -42,11 +42,11 @@ def p_value(p: float) -> str:
 
 
 def axis_value(axis: str, value: float) -> str:
-    """2,240 evaluations as 2,240; 75 seconds as 1:15."""
+    """2,240 evaluations as 2,240; 75 seconds as 1:15, 36 seconds as 36 s."""
     if not math.isfinite(value):
         return "-"
     if axis == "seconds":
-        return duration(value) if value >= 10 else f"{value:.2g} s"
+        return duration(value) if round(value) >= 60 else f"{value:.2g} s"
     return f"{value:,.0f}"
 
 

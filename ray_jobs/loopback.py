@@ -35,7 +35,7 @@ class _LoopbackBackend(_TorchBackend):
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _join, backend, f"file://{store}", rank, world_size, backend_config.timeout_s
+                    rank, join, backend, f"file://{store}", rank, world_size, backend_config.timeout_s
                 )
                 for rank in range(world_size)
             ]
@@ -46,7 +46,8 @@ class _LoopbackBackend(_TorchBackend):
         self._store.unlink(missing_ok=True)
 
 
-def _join(backend: str, store: str, rank: int, world_size: int, timeout_s: int) -> None:
+def join(backend: str, store: str, rank: int, world_size: int, timeout_s: int) -> None:
+    """A process group whose ranks meet in the file `store`."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The networks that a run description names: `mlp`, `convnet`, `resnet18`, and `torchvision/<name>`."""
+"""The networks that a run description names: `mlp`, `convnet`, ..., `torchvision/<name>`, or a user's own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ray_jobs.config import ModelConfig
 from ray_jobs.errors import ConfigError
+from ray_jobs.section import is_own
+from ray_jobs.user_code import own_model, seeded
 
-_OWN = ("mlp", "convnet", "resnet18")
+_OWN = ("mlp", "convnet", "transformer", "resnet18")
 _TORCHVISION = "torchvision/"
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -24,8 +27,9 @@ def make_model(config: ModelConfig, input_shape: tuple[int, int, int], num_class
     Its parameters depend on (config, input_shape, num_classes, seed) alone, and the global generators stay as
     they are. ConfigError: an unknown name, or images that the network cannot take.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
+    if is_own(config.name):
+        return own_model(config, input_shape, num_classes, seed)
+    with seeded(seed):
         model = _build(config, input_shape, num_classes)
     _check_takes(model, config.name, input_shape)
     return model
@@ -38,6 +42,8 @@ def _build(config: ModelConfig, input_shape: tuple[int, int, int], num_classes: 
             return mlp(channels * height * width, config.width, config.depth, num_classes)
         case "convnet":
             return convnet(channels, num_classes)
+        case "transformer":
+            return Transformer(input_shape, num_classes)
         case "resnet18":
             return resnet18(channels, num_classes)
         case name if name in _torchvision_names():
@@ -69,6 +75,50 @@ def convnet(channels: int, num_classes: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(64, num_classes),
     )
+
+
+class Transformer(nn.Module):
+    """A small vision transformer: a 4 x 4 grid of patches as tokens of width 32, two pre-norm blocks, their mean read.
+
+    About 20,000 parameters; images are padded to whole patches. No dropout, no class token.
+    """
+
+    grid, width, depth = 4, 32, 2
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        patch = (-(-height // self.grid), -(-width // self.grid))
+        self.pad = (0, self.grid * patch[1] - width, 0, self.grid * patch[0] - height)
+        self.patches = nn.Conv2d(channels, self.width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(self.grid**2, self.width))
+        self.blocks = nn.Sequential(*[TransformerBlock(self.width, heads=4) for _ in range(self.depth)])
+        self.norm, self.head = nn.LayerNorm(self.width), nn.Linear(self.width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, num_classes)."""
+        tokens = self.patches(functional.pad(images, self.pad)).flatten(2).transpose(1, 2) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
+        return logits
+
+
+class TransformerBlock(nn.Module):
+    """Attention over all tokens, then a network on each; layer norm before both, sums around both."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.network = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, width) -> the same shape."""
+        B, T, width = tokens.shape
+        q, k, v = self.qkv(self.norm_1(tokens)).view(B, T, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, width)
+        tokens = tokens + self.out(attended)
+        return torch.add(tokens, self.network(self.norm_2(tokens)))
 
 
 def resnet18(channels: int, num_classes: int) -> nn.Module:

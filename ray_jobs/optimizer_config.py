@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ray_jobs.section import ByName, Count, Finite, Fraction, NonNegative, Positive, Section
+from ray_jobs.section import (
+    ByName,
+    ByNameOrOwn,
+    Count,
+    Finite,
+    Fraction,
+    NonNegative,
+    Options,
+    OwnName,
+    Positive,
+    Section,
+    told_secrets,
+)
 
 # base optimizer
 
@@ -93,7 +105,25 @@ class SsamMeasure(FisherMask):
     name: Literal["ssam"]
 
 
+class OwnMeasure(Section):
+    """A phisam.Measure that your own function makes."""
+
+    name: OwnName
+    options: Options = Field(default_factory=dict)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """What looks like a secret."""
+        yield from told_secrets(self.options)
+
+
 # mu
+
+
+class Preconditioning(Section):
+    """v is scaled by the base optimizer's own diagonal, its length unchanged on average."""
+
+    power: Positive = Field(1.0, description="1: as Adam scales its steps; 0.5: the square root of that")
+    damping: Positive = Field(0.1, description="of the root mean square: bounds what has no gradient")
 
 
 class NoiseOptions(Section):
@@ -106,11 +136,14 @@ class NoiseOptions(Section):
     )
     adaptive: NonNegative | None = Field(None, description="eta: v is scaled by |x| + eta, elementwise")
     scaled: Literal["all", "weight"] = Field("all", description="adaptive: all tensors, or those named weight")
+    preconditioned: Preconditioning | None = Field(None, description="v is scaled by Adam's second moment")
     fisher_mask: FisherMask | None = Field(None, description="perturb the most informative parameters alone")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.scaled != "all" and self.adaptive is None:
             yield "scaled", 'must be "all" without adaptive, which is what it belongs to'
+        if self.preconditioned is not None and self.adaptive is not None:
+            yield "preconditioned", "must be null with adaptive: each says how far a parameter is moved"
         if self.antithetic and self.symmetric:
             yield (
                 "antithetic",
@@ -187,9 +220,14 @@ ScheduleConfig = Annotated[
 
 BaseConfig = Annotated[SGDConfig | AdamConfig, Field(discriminator="name"), ByName()]
 MeasureConfig = Annotated[
-    PlainMeasure | FrobeniusMeasure | ExpProductMeasure | EigenPowerMeasure | AsamMeasure | SsamMeasure,
-    Field(discriminator="name"),
-    ByName(),
+    PlainMeasure
+    | FrobeniusMeasure
+    | ExpProductMeasure
+    | EigenPowerMeasure
+    | AsamMeasure
+    | SsamMeasure
+    | OwnMeasure,  # the last: ByNameOrOwn
+    ByNameOrOwn(),
 ]
 NoiseConfig = Annotated[PlainNoise | HypercubeNoise, Field(discriminator="name"), ByName()]
 
@@ -211,6 +249,9 @@ class OptimizerConfig(Section):
         validate_default=True,
         description="draws of mu a step; a step costs n + 1 gradient evaluations. Always 1 for sam, asam, ssam",
     )
+    n_early: Count | None = Field(
+        None, description="draws a step in the first half of the epochs, where the sharpness term is coarse anyway"
+    )
     every: Count = Field(1, description="k: the sharpness term in every k-th step only, there with k lam")
     perturb_fraction: float = Field(
         1.0, gt=0, le=1, description="first part of a batch that the sharpness term is evaluated on"
@@ -231,15 +272,19 @@ class OptimizerConfig(Section):
         """s = lam rho^2, the factor on S; 0 for measure sgd, where neither acts."""
         return 0.0 if self.measure.name == "sgd" else self.lam * self.rho**2
 
+    def n_in(self, epoch: int, epochs: int) -> int:
+        """Draws a step in epoch 0, 1, ... of so many."""
+        return self.n_early if self.n_early is not None and epoch < epochs // 2 else self.n_samples
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """(key, what it must be) for what measure, noise and numbers do not allow together."""
         measure, noise = self.measure, self.noise
-        if isinstance(measure, FrobeniusMeasure) and measure.unbiased and self.n_samples < 2:
-            yield (
-                "n_samples",
-                f"must be 2 or more for frobenius, not {self.n_samples}: its unbiased estimate (Algorithm 3) "
-                "divides by n_samples - 1. Or set optimizer.measure.unbiased to false",
-            )
+        yield from self._draws_conflicts("n_samples", self.n_samples)
+        if self.n_early is not None:
+            if measure.name == "sgd" or measure.name in ALONG_THE_GRADIENT:
+                yield "n_early", f"must be null for {measure.name}, which draws nothing"
+            else:
+                yield from self._draws_conflicts("n_early", self.n_early)
         if noise is not None and measure.name == "sgd":
             yield "noise", "must be null for sgd, which has no perturbed point: set a measure, or leave noise out"
         elif noise is not None and measure.name in ALONG_THE_GRADIENT:
@@ -248,18 +293,8 @@ class OptimizerConfig(Section):
                 f"must be null for {measure.name}: its one point lies along the gradient and is not drawn. "
                 "For noise with the same phi and psi set optimizer.measure to trace",
             )
-        elif noise is not None and noise.antithetic and self.n_samples % 2:
-            yield (
-                "n_samples",
-                f"must be even with antithetic draws, which come in pairs v, -v, not {self.n_samples}; "
-                f"for example {self.n_samples + 1}",
-            )
-        elif noise is not None and noise.antithetic and self.n_samples == 2 and isinstance(measure, FrobeniusMeasure):
-            yield (
-                "n_samples",
-                "must be 4 or more for frobenius with antithetic draws, not 2: v and -v have the same v^T H v, so the "
-                "variance over one pair knows nothing of the Hessian",
-            )
+        elif noise is not None and noise.preconditioned is not None and self.base.name == "sgd":
+            yield "noise.preconditioned", "must be null with base sgd, which has no second moment: use adam or adamw"
         if not 1e-100 < self.rho < 1e100:
             yield "rho", f"must be between 1e-100 and 1e100, not {self.rho:g}: delta divides by its square"
         if isinstance(self.rho_schedule, DecaySchedule) and self.rho_schedule.min_factor == 0:
@@ -267,4 +302,23 @@ class OptimizerConfig(Section):
                 "rho_schedule.min_factor",
                 "must be more than 0, for example 0.1: at its end rho would be 0, and delta divides by its square. "
                 "To fade the sharpness term out, schedule lam",
+            )
+
+    def _draws_conflicts(self, key: str, n: int) -> Iterator[tuple[str, str]]:
+        measure, noise = self.measure, self.noise
+        if isinstance(measure, FrobeniusMeasure) and measure.unbiased and n < 2:
+            yield (
+                key,
+                f"must be 2 or more for frobenius, not {n}: its unbiased estimate (Algorithm 3) "
+                "divides by n_samples - 1. Or set optimizer.measure.unbiased to false",
+            )
+        if noise is None or not noise.antithetic or measure.name == "sgd" or measure.name in ALONG_THE_GRADIENT:
+            return
+        if n % 2:
+            yield key, f"must be even with antithetic draws, which come in pairs v, -v, not {n}; for example {n + 1}"
+        elif n == 2 and isinstance(measure, FrobeniusMeasure):
+            yield (
+                key,
+                "must be 4 or more for frobenius with antithetic draws, not 2: v and -v have the same v^T H v, so the "
+                "variance over one pair knows nothing of the Hessian",
             )

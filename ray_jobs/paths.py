@@ -2,7 +2,7 @@
 
 runs/mlflow.db          MLflow's embedded store
 runs/artifacts/         its models and files
-runs/<run id>/          what a run resumes from: run.yaml and Ray Train's checkpoints
+runs/<run id>/          what a run resumes from: run.yaml and its checkpoints
 """
 
 from __future__ import annotations

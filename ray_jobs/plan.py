@@ -245,12 +245,12 @@ class Model:
         self.states = 2 if base.name in ("adam", "adamw") else momentum
 
     def plan(self) -> Plan:
-        """For scaling.num_workers GPUs and optimizer.n_samples.
+        """For scaling.num_workers GPUs, or the most of a range, and optimizer.n_samples.
 
         Raises:
             ConfigError: that many GPUs do not fit the hardware.
         """
-        world_size, settings = self.config.scaling.num_workers, self.config.optimizer
+        world_size, settings = self.config.scaling.most_workers, self.config.optimizer
         self.hardware.check(world_size)
         shares = self.config.training.batch_size / self.config.training.micro_batches  # for the data ranks
         sizes = [s for s in range(1, world_size + 1) if world_size % s == 0]
@@ -271,7 +271,7 @@ class Model:
         return Layout(
             measure or self.measure,
             settings.n_samples,
-            self.config.scaling.num_workers // sample_size,
+            self.config.scaling.most_workers // sample_size,
             sample_size,
             settings.scope,
             settings.perturb_fraction,

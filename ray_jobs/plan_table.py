@@ -51,7 +51,7 @@ def plan_text(
         raise ConfigError("plan: --activations-gb goes with --parameters; those of the description's model are counted")
     asked: list[list[str]] = [[f"optimizer.n_samples={n}"] for n in n_samples] or [[]]
     configs = [config.load(source, [*overrides, f"scaling.num_workers={W}", *each]) for W in gpus for each in asked]
-    configs = list({(c.scaling.num_workers, c.optimizer.n_samples): c for c in configs}.values())  # sam has one n
+    configs = list({(c.scaling.most_workers, c.optimizer.n_samples): c for c in configs}.values())  # sam has one n
     first = configs[0]
     assumed = ""
     if parameters is not None and flops_per_example is not None:
@@ -60,7 +60,7 @@ def plan_text(
         workload = described(round(parameters), flops_per_example, saved)
         name = f"a model of {parameters:.3g} parameters"
     else:
-        workload, assumed = configured(first.model, first.data)
+        workload, assumed = configured(first.model, first.data, first.training.seed)
         name = f"{first.model.name}, {workload.parameters:,} parameters"
     if seconds_per_evaluation is not None:
         workload = workload.timed(seconds_per_evaluation / first.training.batch_size)

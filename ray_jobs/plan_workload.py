@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ray_jobs import own_data
 from ray_jobs.config import DataConfig, ModelConfig
 from ray_jobs.models import make_model
 from ray_jobs.plan_hardware import Hardware
+from ray_jobs.section import is_own
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bf16": 2, "fp16": 2}
 """Of a number as the evaluation computes with it."""
@@ -111,10 +113,10 @@ def described(parameters: int, flops_each: float, saved_each: float | None = Non
     return Workload(parameters, DESCRIBED_TENSORS, (Operation(0, flops_each, 0, 0),), saved)
 
 
-def configured(model: ModelConfig, data: DataConfig) -> tuple[Workload, str]:
+def configured(model: ModelConfig, data: DataConfig, seed: int = 0) -> tuple[Workload, str]:
     """The network of a run description on images of its data set's shape, and what had to be assumed, "" if nothing.
 
-    No data is read, but the class folders of an imagefolder are counted.
+    No data is read, but the class folders of an imagefolder are counted, and a user's own function is called.
     """
     assumed = ""
     if data.name == "imagefolder":
@@ -125,6 +127,9 @@ def configured(model: ModelConfig, data: DataConfig) -> tuple[Workload, str]:
         if not classes:
             classes, assumed = IMAGEFOLDER_CLASSES, f"{IMAGEFOLDER_CLASSES} classes assumed: {folder} is not here"
         shape = (3, data.image_size, data.image_size)
+    elif is_own(data.name):
+        own = own_data.sizes(data.model_dump_json(), seed)
+        shape, classes = own.input_shape, own.num_classes
     else:
         shape, classes = SHAPES[data.name]
     with torch.device("meta"):

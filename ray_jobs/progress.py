@@ -22,10 +22,16 @@ class Board:
     def __init__(self) -> None:
         self._place: Metrics = {}
         self._events: list[Metrics | str] = []
+        self._stop = False
 
-    def tell(self, **place: Any) -> None:
-        """The place inside an epoch: epoch, step, steps, loss, rate (examples/s)."""
+    def tell(self, **place: Any) -> bool:
+        """The place inside an epoch: epoch, step, steps, loss, rate (examples/s). Is the run to save and end?"""
         self._place = place
+        return self._stop
+
+    def stop(self) -> None:
+        """From now on `tell` answers so."""
+        self._stop = True
 
     def tell_event(self, event: Metrics | str) -> None:
         """The metrics of a whole epoch, or a line that a person must see."""
@@ -168,6 +174,8 @@ _LABELS = (
     "epochs",
     "gradient evaluations",
     "skipped steps",
+    "restarts",
+    "waited for checkpoints",
     "train loss",
     "R_rho",
     "validation accuracy",
@@ -192,6 +200,8 @@ def _cells(summary: Summary) -> list[str]:
         str(last["epoch"]),
         f"{last['gradient_evaluations']:,.0f}",
         str(last["skipped_steps"]),
+        f"{last['restarts']} ({last['wasted_steps']} steps taken again)" if last["restarts"] else "0",
+        f"{last['checkpoint_seconds']:.2f} s",
         f"{last['loss/train']:.4f}",
         f"{last['sharpness']:.3g}" if perturbed else "-",
         f"{last['accuracy/validation']:.2%}",

@@ -178,16 +178,20 @@ def varied(described: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _labels(described: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names that are as short as they can be: of a setting's measure, and of what tells it from the same measure's."""
+    """Names that are as short as they can be: of a setting's measure, and of what tells it from the same measure's.
+
+    Where a sweep has several base runs, their names stand for the measures.
+    """
     order = {"data.name": 0, "data.fraction": 1, "measure": 2, "rho": 3, "lam": 4, "n_samples": 5}
     across = [key for key in varied(described) if key in ("data.name", "data.fraction", "data.label_noise")]
-    measures = {params.get("measure") for params in described}
-    own = {name: varied([other for other in described if other.get("measure") == name]) for name in measures}
+    kind = "run" if "run" in varied(described) and all("run" in params for params in described) else "measure"
+    kinds = {params.get(kind) for params in described}
+    own = {name: varied([other for other in described if other.get(kind) == name]) for name in kinds}
     labels = []
     for params in described:
-        keys = sorted({*own[params.get("measure")], *across}, key=lambda key: (order.get(key, 9), key))
+        keys = sorted({*own[params.get(kind)], *across}, key=lambda key: (order.get(key, 9), key))
         parts = [f"{short(key)}={brief(params[key])}" for key in keys if key in params and key not in across]
-        labels.append(" ".join([*(params[key] for key in across if key in params), params.get("measure", "?"), *parts]))
+        labels.append(" ".join([*(params[key] for key in across if key in params), params.get(kind, "?"), *parts]))
     return labels
 
 
@@ -301,7 +305,8 @@ def better_is_more(metric: str) -> bool:
 def selection_metric(metric: str) -> str:
     """The metric on validation data that a setting may be chosen by; choosing on test data would flatter it."""
     kind, _, part = metric.partition("/")
-    return f"{kind}/validation" if kind in ("accuracy", "loss") and part else "accuracy/validation"
+    early = "early_" if part.startswith("early_") else ""
+    return f"{kind}/{early}validation" if kind in ("accuracy", "loss") and part else "accuracy/validation"
 
 
 def common_budget(records: Iterable[RunRecord], axis: str) -> float | None:

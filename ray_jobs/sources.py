@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_jobs import own_data
 from ray_jobs.config import DataConfig
 from ray_jobs.errors import ConfigError, RunError
 
@@ -55,9 +56,23 @@ class Split:
 
 
 class Source(NamedTuple):
+    """validation: None where it is cut from train."""
+
     train: Split
     test: Split
     num_classes: int
+    validation: Split | None = None
+
+
+def read_own(config: DataConfig, seed: int) -> Source:
+    """What the user's function gives.
+
+    Raises:
+        ConfigError: it gives something else than examples.
+    """
+    parts, num_classes = own_data.load(config, seed)
+    splits = {part: Split(*examples) for part, examples in parts.items()}
+    return Source(splits["train"], splits["test"], num_classes, splits.get("validation"))
 
 
 def read(config: DataConfig) -> Source:

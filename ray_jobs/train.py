@@ -21,20 +21,26 @@ import torch
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from rich.console import Console
+from rich.text import Text
 
 import phisam
-from ray_jobs import checkpoint
-from ray_jobs.callback import EpochCallback, EpochWriter
-from ray_jobs.cluster import checked_resources, only_loopback
+from ray_jobs import attempts, checkpoint, checkpoints, divergence, source
+from ray_jobs.callback import EpochCallback
+from ray_jobs.cluster import beside_driver, checked_resources, only_loopback
 from ray_jobs.config import RunConfig, TrackingConfig, dump_yaml, load
 from ray_jobs.data import Dataset, check_batch_size, load_dataset
-from ray_jobs.errors import ConfigError, RunError, first_line
+from ray_jobs.disk import write_whole
+from ray_jobs.errors import ConfigError, RunError, Terminated, first_line
+from ray_jobs.grace import saved_on_sigterm
+from ray_jobs.jobs import heartbeat
 from ray_jobs.models import make_model
 from ray_jobs.paths import runs_folder
 from ray_jobs.progress import Board, Metrics, ProgressView, Summary
 from ray_jobs.sharpness.measuring import check_measurable
 from ray_jobs.tracking import Tracker, find_run, open_store, provenance, tracking_uri
-from ray_jobs.trainer import alone, made, make_trainer, saved_history
+from ray_jobs.tracking.writer import INTERRUPTED_PATIENCE, Writer
+from ray_jobs.trainer import alone, made, make_trainer
+from ray_jobs.user_code import CODE_TAG, OwnCode, changed
 from ray_jobs.worker import make_measure, train_loop
 
 MAX_FAILURES = 3  # a worker that dies while it starts counts as the controller's failure
@@ -69,10 +75,18 @@ def train(config: RunConfig, console: Console, dataset: Dataset | None = None) -
     storage = config.checkpoint.storage or runs
     for folder in (runs, storage):
         made(folder)
-    tags = {**provenance(dataset.fingerprint), "device": "cuda" if use_gpu else "cpu"}
+    tags = {**provenance(dataset.fingerprint), **OwnCode.of(config).tags(), "device": "cuda" if use_gpu else "cpu"}
     tracker = Tracker.start(tracking_uri(config.tracking, runs), runs, config, tags)
-    folder = made(storage / tracker.run_id)
-    (folder / DESCRIPTION).write_text(dump_yaml(config), encoding="utf-8")
+    folder = storage / tracker.run_id
+    try:
+        write_whole(made(folder) / DESCRIPTION, dump_yaml(config))
+        tracker.log_texts(source.carried()[1])
+    except BaseException as error:  # it has no journal yet, from which its end would be told
+        with contextlib.suppress(RunError):
+            tracker.finish("FAILED")
+        if isinstance(error, OSError):
+            raise RunError(f"{folder / DESCRIPTION} cannot be written ({error.strerror})") from None
+        raise
     return _fit(config, dataset, tracker, folder, use_gpu, console)
 
 
@@ -83,6 +97,7 @@ class Unfinished:
     config: RunConfig
     run_id: str
     fingerprint: str | None
+    code: str | None
     folder: Path
 
 
@@ -100,6 +115,8 @@ def unfinished(name_or_id: str) -> Unfinished:
     else:
         run = find_run(tracking_uri(TrackingConfig(), runs), name_or_id)
         folder = Path(run.data.tags.get("phisam.folder", str(runs / run.info.run_id)))
+        if folder.name != run.info.run_id:  # MLflow's word, which others may write
+            raise RunError(f"run {run.info.run_id}: its tag phisam.folder names {folder}, which is no run's folder")
     if not (folder / DESCRIPTION).exists():
         raise RunError(f"run {run.info.run_id}: {folder / DESCRIPTION} is missing, so it cannot be resumed from here")
     config = load(str(folder / DESCRIPTION))
@@ -108,7 +125,8 @@ def unfinished(name_or_id: str) -> Unfinished:
         raise RunError(f"run {run.info.run_id} is a trial of a sweep: phisam sweep --resume {sweep}")
     if run.info.status == "FINISHED":
         raise RunError(f"run {run.info.run_id} ({config.name}) is finished: there is nothing to resume")
-    return Unfinished(config, run.info.run_id, run.data.tags.get("data.fingerprint"), folder)
+    tags = run.data.tags
+    return Unfinished(config, run.info.run_id, tags.get("data.fingerprint"), tags.get(CODE_TAG), folder)
 
 
 def with_key(config: RunConfig, key: str) -> RunConfig:
@@ -162,7 +180,9 @@ def resume(run: Unfinished, console: Console, dataset: Dataset | None = None) ->
             f"run {run.run_id} began on data with fingerprint {run.fingerprint}, but {config.data.name} is "
             f"{dataset.fingerprint} now: the data files changed, so it cannot go on as if they had not"
         )
-    tracker = Tracker.resume(tracking_uri(config.tracking, runs_folder()), run.run_id)
+    tracker = Tracker(tracking_uri(config.tracking, runs_folder()), run.run_id)
+    if warning := changed(run.code, OwnCode.of(config).fingerprint):
+        console.print(f"{config.name}: {warning}", highlight=False, soft_wrap=True)
     return _fit(config, dataset, tracker, run.folder, use_gpu, console)
 
 
@@ -171,41 +191,52 @@ def _fit(
 ) -> Summary:
     """Trains to the end, whatever was done before; leaves MLflow with a true status."""
     started = time.monotonic()
-    with alone(folder, "run"), _true_status(tracker, folder):
-        tracker.set_tags({"phisam.folder": str(folder)})
-        tracker.reconcile(saved_history(folder))
-        board: Any = ray.remote(num_cpus=0)(Board).remote()
+    with alone(folder, "run"), _told_to_mlflow(config, dataset, tracker, folder, console) as writer:
+        writer.tag(tracker.run_id, {"phisam.folder": str(folder)})
+        for metrics in checkpoints.saved_history(folder):
+            writer.epoch(tracker.run_id, metrics)
+        board = beside_driver(Board)
         trainer = make_trainer(
             train_loop,
             config,
-            {"board": board},
+            {"board": board, "own": OwnCode.of(config).settings(), "fingerprint": dataset.fingerprint},
             folder,
             [EpochCallback(board)],
             use_gpu=use_gpu,
             loopback=only_loopback(),
             max_failures=MAX_FAILURES,
         )
-        writer = EpochWriter(tracker.uri, tracker.run_id, tracker.logged_epochs())
 
         def read(events_seen: int) -> tuple[Metrics, list[Metrics | str]]:
             word: tuple[Metrics, list[Metrics | str]] = ray.get(board.read.remote(events_seen), timeout=10)
+            heartbeat.tell_run(tracker.run_id, config.name, config.training.epochs, *word)
             for event in word[1]:
                 if not isinstance(event, str):
-                    writer.put(event)
+                    writer.epoch(tracker.run_id, event)
             return word
 
-        with ProgressView(console, config.name, config.training.epochs, read):
-            result = fit(trainer)
-        if result.checkpoint is None:
+        told_to_end = False
+        try:
+            with (
+                ProgressView(console, config.name, config.training.epochs, read),
+                saved_on_sigterm(board.stop.remote, config.checkpoint.grace_seconds),
+            ):
+                fit(trainer)
+        except Terminated:  # Ray takes seconds to end workers that are done
+            if len(checkpoints.saved_history(folder)) < config.training.epochs:
+                raise
+            told_to_end = True
+        if diagnosis := divergence.why_ended(folder):
+            writer.tag(tracker.run_id, {divergence.FAILURE_TAG: diagnosis})
+            raise RunError(f"run {tracker.run_id}: {diagnosis}. Its checkpoints are kept in {folder}")
+        newest = checkpoints.newest(folder)
+        if newest is None:
             raise RunError(f"run {tracker.run_id}: Ray Train ended without a checkpoint")
-        with result.checkpoint.as_directory() as newest:
-            state, history = checkpoint.load(Path(newest)), checkpoint.load_history(Path(newest))
-        tracker.reconcile(history)
-        log_models(config, dataset, tracker, state)
-        if config.sharpness is not None:
-            from ray_jobs.sharpness.pictures import log_curves  # matplotlib takes a second: for those who need it
-
-            log_curves(tracker, config.name, history)
+        history = checkpoint.load_history(newest)
+        ends_with = fault_tags(folder) | divergence.tags(checkpoint.load(newest))
+        writer.end(tracker.run_id, "FINISHED", ends_with, history)
+    if told_to_end:  # no other run begins after this one
+        raise Terminated(f"told to end (SIGTERM); run {tracker.run_id} had trained all its epochs and is finished")
     measure = make_measure(config.optimizer)
     n_samples = measure.n_points(config.optimizer.n_samples)
     return Summary(config.name, tracker.run_id, measure.name, n_samples, history, time.monotonic() - started)
@@ -254,42 +285,100 @@ def check_fit(config: RunConfig, dataset: Dataset) -> None:
     model = make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed)
     if config.sharpness is not None:
         check_measurable(model, dataset, config.sharpness)
-    optimizer, training, workers = config.optimizer, config.training, config.scaling.num_workers
+    optimizer, training = config.optimizer, config.training
     measure = make_measure(optimizer)
-    sample_size = phisam.sample_size(workers, optimizer.n_samples, optimizer.sample_parallel, measure)
-    check_batch_size(training.batch_size, len(dataset.train), workers // sample_size, training.micro_batches)
+    for workers in config.scaling.sizes:
+        sample_size = phisam.sample_size(workers, optimizer.n_samples, optimizer.sample_parallel, measure)
+        check_batch_size(training.batch_size, len(dataset.train), workers // sample_size, training.micro_batches)
 
 
 def log_models(config: RunConfig, dataset: Dataset, tracker: Tracker, state: dict[str, Any]) -> None:
-    """The last model, and the best by validation, as MLflow models on the CPU."""
+    """The last model, and the best by validation, as MLflow models on the CPU, unless it has them."""
     dtype = torch.float64 if config.training.precision == "float64" else torch.float32
     example = dataset.normalizer(dtype)(dataset.validation.images[:1].repeat(2, 1, 1, 1))  # 2: a batch of any size
     best = state["best"]
+    logged = tracker.models()
     for name, weights, epoch in (("last", state["model"], state["epoch"]), ("best", best["model"], best["epoch"])):
+        if name in logged:
+            continue
         model = make_model(config.model, dataset.input_shape, dataset.num_classes, config.training.seed).to(dtype)
         checkpoint.load_model(model, weights, f"run {tracker.run_id}")
         metadata = {"epoch": epoch, "mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
         tracker.log_model(name, model, example, metadata)
 
 
+def fault_tags(folder: Path) -> dict[str, str]:
+    """What faults cost the run in a folder, for MLflow; nothing if there were none."""
+    told, aside = attempts.read(folder), [path.name for path in checkpoints.damaged(folder)]
+    tags = {"phisam.damaged_checkpoints": ", ".join(aside)} if aside else {}
+    if told is not None and told.restarts:
+        tags |= {"phisam.restarts": str(told.restarts), "phisam.wasted_steps": str(told.wasted_steps)}
+    return tags
+
+
+def log_results(config: RunConfig, folder: Path, tracker: Tracker, dataset: Dataset | None = None) -> None:
+    """What a finished run leaves in MLflow beside its epochs, from its newest checkpoint. May be done again.
+
+    Args:
+        dataset: its own, if that is loaded.
+
+    Raises:
+        ConfigError, RunError: the data or the checkpoint is gone, or MLflow does not answer.
+    """
+    newest = checkpoints.usable(folder)
+    if newest is None:
+        raise RunError(f"run {tracker.run_id}: there is no checkpoint in {folder} whose models could be logged")
+    log_models(config, dataset or checked(config), tracker, checkpoint.load(newest))
+    if config.sharpness is not None:
+        from ray_jobs.sharpness.pictures import log_curves  # matplotlib takes a second: for those who need it
+
+        log_curves(tracker, config.name, checkpoint.load_history(newest))
+
+
 @contextlib.contextmanager
-def _true_status(tracker: Tracker, folder: Path) -> Iterator[None]:
-    """FINISHED at the end, KILLED on Ctrl-C and SIGTERM, FAILED on any error, with the epochs that were trained."""
+def _told_to_mlflow(
+    config: RunConfig, dataset: Dataset, tracker: Tracker, folder: Path, console: Console
+) -> Iterator[Writer]:
+    """Who tells MLflow. A run ends FINISHED, KILLED on Ctrl-C and SIGTERM, or FAILED on any error; its journal says so
+    where MLflow is away, and nothing here waits for it longer than the writer's patience.
+    """
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated("told to end (SIGTERM)")
 
+    def say(line: str) -> None:
+        console.print(Text(f"{config.name}: {line}"), soft_wrap=True)
+
+    run_id = tracker.run_id
+
+    def new_writer() -> Writer:
+        return Writer(tracker.uri, folder, say, lambda of: log_results(config, folder, of, dataset))
+
+    writer, closed = new_writer(), False
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        writer.reopen(run_id)
+        yield writer
+        try:
+            writer.close()
+        except RunError:
+            if not writer.is_away:
+                closed = True
+                raise
     except BaseException as error:
-        if not isinstance(error, ConfigError):
-            error.add_note(f"to go on with it: phisam train --resume {tracker.run_id}")
-        with contextlib.suppress(RunError):  # if MLflow is the trouble, the error says so already
-            tracker.reconcile(saved_history(folder))
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        if not (interrupted and writer.status(run_id) == "FINISHED"):
+            if not isinstance(error, ConfigError):
+                error.add_note(f"to go on with it: phisam train --resume {run_id}")
+            last = new_writer() if closed else writer
+            status, history = "KILLED" if interrupted else "FAILED", []
+            with contextlib.suppress(RunError):  # a disk that fails has told of the epochs before, or --resume will
+                history = checkpoints.saved_history(folder)
+            with contextlib.suppress(RunError):  # a full disk's words must not stand in place of the run's own
+                last.end(run_id, status, fault_tags(folder), history)
+                last.close(INTERRUPTED_PATIENCE)
         raise
-    else:
-        tracker.finish("FINISHED")
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if writer.untold(run_id) and not closed:
+            say(f"MLflow was not told all of it; it is kept: phisam sync {run_id} tells it once MLflow answers")

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.callback import UserCallback
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from ray_jobs import checkpoint
 from ray_jobs.config import RunConfig
-from ray_jobs.errors import RunError, first_line
+from ray_jobs.errors import RunError
+from ray_jobs.eviction import HeedSigterm
 from ray_jobs.loopback import LoopbackTorchConfig
 from ray_jobs.meters import Meters
+
+RESIZE_SECONDS = 15.0
+"""How often an elastic run looks whether nodes came back."""
 
 
 class Trainer(TorchTrainer):
@@ -55,10 +57,11 @@ def make_trainer(
     scaling = config.scaling
     return trainer(
         loop,
-        train_loop_config={"config": config.model_dump(mode="json"), **settings},
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder), **settings},
         torch_config=LoopbackTorchConfig() if loopback else None,
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=(scaling.sizes[0], scaling.sizes[-1]) if len(scaling.sizes) > 1 else scaling.sizes[0],
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": scaling.cpus_per_worker,
@@ -69,35 +72,13 @@ def make_trainer(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[*callbacks, Meters(config.name, folder.name, config.optimizer.measure.name)],
+            callbacks=[
+                *callbacks,
+                Meters(config.name, folder.name, config.optimizer.measure.name),
+                HeedSigterm(),  # type: ignore[list-item]  # Ray takes those of its workers too
+            ],
         ),
     )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that Ray Train registered in a run's folder; None for a fresh run.
-
-    Raises:
-        RunError: Ray Train's list of checkpoints cannot be read.
-    """
-    if not (folder / "checkpoint_manager_snapshot.json").exists():
-        return None
-    try:
-        newest = ray.train.Result.from_path(str(folder)).checkpoint
-    except Exception as error:  # Ray raises what its JSON reader raises, and more
-        raise RunError(f"{folder}: the list of checkpoints cannot be read ({first_line(error)})") from error
-    return None if newest is None else Path(newest.path)
-
-
-def saved_history(folder: Path) -> list[checkpoint.Metrics]:
-    """Metrics of the epochs behind the newest checkpoint in a run's folder; none for a fresh run.
-
-    Raises:
-        RunError: Ray Train's list of checkpoints, or the newest of them, cannot be read.
-    """
-    newest = newest_checkpoint(folder)
-    return [] if newest is None else checkpoint.load_history(newest)
 
 
 def made(folder: Path) -> Path:
@@ -113,16 +94,20 @@ def made(folder: Path) -> Path:
     return folder
 
 
+class HeldError(RunError):
+    """Another process trains it."""
+
+
 @contextlib.contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Holds the folder of a run or a sweep; the lock ends with this process, however it ends.
 
     Raises:
-        RunError: another process holds it.
+        HeldError: another process holds it.
     """
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{what} {folder.name} is being trained by another process already") from None
+            raise HeldError(f"{what} {folder.name} is being trained by another process already") from None
         yield

@@ -6,15 +6,15 @@ Read `train_loop` top to bottom: data, model, optimizer, then epochs of steps, a
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -26,9 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 import phisam
 from phisam import schedules
 from phisam.closures import Part
-from ray_jobs import checkpoint
+from ray_jobs import checkpoint, user_code
 from ray_jobs.config import OptimizerConfig, RunConfig, from_dict
-from ray_jobs.data import Batches, Normalize, Split, evaluation_batches, load_dataset, micro_batches
+from ray_jobs.data import Batches, Normalize, load_dataset, micro_batches
+from ray_jobs.divergence import Guard
+from ray_jobs.early import early_stopped
+from ray_jobs.evaluation import evaluate
 from ray_jobs.models import make_model
 from ray_jobs.optimizer_config import (
     ConstantSchedule,
@@ -36,30 +39,37 @@ from ray_jobs.optimizer_config import (
     MultistepSchedule,
     NoiseConfig,
     NoiseOptions,
+    OwnMeasure,
     ScheduleConfig,
     SsamMeasure,
     StepSchedule,
 )
+from ray_jobs.remarks import Remarks
+from ray_jobs.saving import Saver, State
 from ray_jobs.sharpness.training import EpochMeasures
+from ray_jobs.stragglers import Pace
 
-EVALUATION_BATCH = 512
 PROGRESS_SECONDS = 0.5
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Trains one run.
 
-    settings: "config" (a RunConfig as JSON values), "board" (a handle that takes progress); for a part of a run also
-    "start" (the checkpoint to begin from) and "until" ((metric, level): end with the epoch that reaches it).
+    settings: "config" (a RunConfig as JSON values), "folder" (of its checkpoints), "board" (a handle that takes
+    progress), "own" (`OwnCode`) and "fingerprint" (of the driver's data); for a part of a run also "start" (the
+    checkpoint to begin from) and "until" ((metric, level): end with the epoch that reaches it).
     """
     config = from_dict(settings["config"])
+    if dist.get_rank() == 0:
+        logging.getLogger("phisam").addHandler(ToBoard(settings["board"]))
+    user_code.arrive(config, settings.get("own"))
     training, seed = config.training, config.training.seed
     device = ray.train.torch.get_device()
     dtype = torch.float64 if training.precision == "float64" else torch.float32
     torch.backends.cudnn.deterministic = True  # a resumed run must end with the weights of an undisturbed one
     torch.backends.cudnn.allow_tf32 = False  # delta divides differences of losses by rho^2: float32 must be float32
 
-    dataset = load_dataset(config.data, seed).to(device)
+    dataset = load_dataset(config.data, seed, settings.get("fingerprint")).to(device)
     normalize = _with_memory_format(dataset.normalizer(dtype), training.channels_last)
     batches = Batches(dataset.train, training.batch_size, seed, normalize, config.data.augment)
 
@@ -73,77 +83,69 @@ def train_loop(settings: dict[str, Any]) -> None:
     mesh = optimizer.mesh
     measures = EpochMeasures(config, dataset, optimizer.measure, dtype)
 
-    history, best, first_epoch = _resume(model, optimizer, scaler, settings.get("start"))
-    if dist.get_rank() == 0:
-        logging.getLogger("phisam").addHandler(ToBoard(settings["board"]))
     progress = Progress(settings["board"], config, batches.steps_per_epoch)
+    guard = Guard(training.on_divergence, optimizer, device)
+    state = State(model, optimizer, scaler, guard)
+    saver = Saver(config.checkpoint, Path(settings["folder"]), state, batches.steps_per_epoch, progress)
+    course = saver.begin(settings.get("start"))
+    history = course.history
     autocast = _autocast(config, device)
+    pace, remarks = Pace(device), Remarks(float32=dtype == torch.float32)
 
     def loss_on(images: Tensor, labels: Tensor, part: Part) -> Tensor:
-        with autocast():
-            logits = ddp(part(images))
+        shown = part(images)
+        with autocast(), pace.forward(len(shown)):
+            logits = ddp(shown)
         return cross_entropy(logits.to(dtype), part(labels))
 
-    for epoch in range(first_epoch, training.epochs):
-        if _is_there(settings.get("until"), history):
-            break
+    while course.epoch < training.epochs and not _is_there(settings.get("until"), history):
         model.train()
-        averages = Averages(device, optimizer.measure.n_points(optimizer.n_samples))
-        started = time.perf_counter()
-        for step, (images, labels) in enumerate(batches.epoch(epoch, mesh.data_rank, mesh.data_size)):
-            follow_schedules(optimizer, config, epoch, step, batches.steps_per_epoch)
+        optimizer.n_samples = config.optimizer.n_in(course.epoch, training.epochs)
+        epoch, averages = course.epoch, Averages(course.averaged, optimizer.measure.n_points(optimizer.n_samples))
+        saver.watch.start()
+        skipped = 0
+        for images, labels in batches.epoch(epoch, mesh.data_rank, mesh.data_size, course.step):
+            follow_schedules(optimizer, config, epoch, course.step, batches.steps_per_epoch, guard.lr_factor)
             shares = micro_batches(images, labels, training.micro_batches)
             loss = optimizer.step([partial(loss_on, *share) for share in shares])
             averages.add(loss, optimizer.last_step)
-            progress.tell(epoch, step, averages)
+            remarks.add(course.diagnosed, optimizer.last_step)
+            guard.after_step(loss)
+            course.step += 1
+            progress.tell(epoch, course.step, averages)
+            if skipped := guard.diverged(epoch * batches.steps_per_epoch + course.step):
+                break
+            if saver.after_step(course):
+                return
+        if skipped:
+            if saver.after_divergence(course, skipped):
+                return
+            continue
         train_loss, sharpness = averages.over_ranks()
-        seconds = time.perf_counter() - started  # the device is done now
+        seconds = saver.watch.stop()  # the device is done now
+        pace.end_epoch()
 
         optimizer.sync_buffers()
-        validation_loss, validation_accuracy = evaluate(model, dataset.validation, normalize, autocast)
-        test_loss, test_accuracy = evaluate(model, dataset.test, normalize, autocast)
+        validation = evaluate(model, dataset.validation, normalize, autocast)
+        test = evaluate(model, dataset.test, normalize, autocast)
         metrics = {
             "epoch": epoch + 1,
-            "accuracy/validation": validation_accuracy,
-            "accuracy/test": test_accuracy,
+            **validation.metrics("validation"),  # first: MLflow's compare page draws the first metric that it is told
+            **test.metrics("test"),
             "loss/train": train_loss,
-            "loss/validation": validation_loss,
-            "loss/test": test_loss,
             "sharpness": sharpness,
             **_settings(optimizer),
-            **_cost(optimizer, training.batch_size, batches.steps_per_epoch, epoch, seconds),
+            **_cost(optimizer, training.batch_size, batches.steps_per_epoch, history, seconds),
             "seconds": (history[-1]["seconds"] if history else 0.0) + seconds,  # of training alone, since the run began
+            **saver.costs(),
+            **remarks.after(course.diagnosed),
             **measures.after(epoch + 1, model),
             "timestamp_ms": round(time.time() * 1000),
         }
-        history.append(metrics)
-        if best is None or (validation_accuracy, -validation_loss) > (best["accuracy"], -best["loss"]):
-            weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            best = {"epoch": epoch + 1, "accuracy": validation_accuracy, "loss": validation_loss, "model": weights}
-
-        last = epoch + 1 == training.epochs or _is_there(settings.get("until"), history)
-        due = last or (epoch + 1) % config.checkpoint.every_epochs == 0
-        with _saved(due, model, optimizer, scaler, best, history) as saved:
-            ray.train.report(metrics, checkpoint=saved)
-
-
-def evaluate(
-    model: nn.Module, split: Split, normalize: Normalize, autocast: Callable[[], AbstractContextManager[Any]]
-) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of a split, its examples shared over all ranks. Collective."""
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
-    with torch.no_grad():
-        for images, labels in evaluation_batches(
-            split, EVALUATION_BATCH, dist.get_rank(), dist.get_world_size(), normalize
-        ):
-            with autocast():
-                logits = model(images)
-            sums[0] += cross_entropy(logits.double(), labels, reduction="sum")
-            sums[1] += (logits.argmax(1) == labels).sum()
-    dist.all_reduce(sums)
-    loss, correct = (sums / len(split)).tolist()
-    return loss, correct
+        metrics |= early_stopped([*history, metrics])
+        course.end_epoch(metrics, model)
+        if saver.after_epoch(course, course.epoch == training.epochs or _is_there(settings.get("until"), history)):
+            return
 
 
 def make_optimizer(
@@ -175,7 +177,11 @@ def make_measure(config: OptimizerConfig, steps_per_epoch: int = 1) -> phisam.Me
     settings = config.measure.model_dump(exclude={"name"})
     if isinstance(config.measure, SsamMeasure):
         settings["refresh_every"] = steps_per_epoch
-    measure: phisam.Measure = getattr(phisam, config.measure.name)(**settings)
+    measure: phisam.Measure
+    if isinstance(config.measure, OwnMeasure):
+        measure = user_code.own_measure(config.measure, config.n_samples)
+    else:
+        measure = getattr(phisam, config.measure.name)(**settings)
     return measure if config.noise is None else measure.with_noise(make_noise(config.noise, steps_per_epoch))
 
 
@@ -189,6 +195,8 @@ def make_noise(config: NoiseConfig, steps_per_epoch: int) -> phisam.Noise:
         noise = noise.symmetric()
     if config.adaptive is not None:
         noise = noise.adaptive(config.adaptive, config.scaled)
+    if config.preconditioned is not None:
+        noise = noise.preconditioned(**config.preconditioned.model_dump())
     if config.fisher_mask is not None:
         noise = noise.masked(phisam.fisher_mask(**config.fisher_mask.model_dump(), refresh_every=steps_per_epoch))
     return noise
@@ -202,14 +210,19 @@ def make_base_optimizer(config: OptimizerConfig, model: nn.Module, fused: bool) 
     return optimizer
 
 
-def follow_schedules(optimizer: phisam.PhiSAM, config: RunConfig, epoch: int, step: int, steps_per_epoch: int) -> None:
-    """Sets lr, rho and lam for a step: by its position alone, so that a resumed run has no state to restore."""
+def follow_schedules(
+    optimizer: phisam.PhiSAM, config: RunConfig, epoch: int, step: int, steps_per_epoch: int, lr_factor: float = 1.0
+) -> None:
+    """Sets lr, rho and lam for a step: by its position alone, so that a resumed run has no state to restore.
+
+    lr_factor: of a run that was rolled back.
+    """
     settings = config.optimizer
     at = partial(
         scheduled, step=epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch, epochs=config.training.epochs
     )
     for group in optimizer.param_groups:
-        group["lr"] = at(settings.base.lr, config.schedule)
+        group["lr"] = lr_factor * at(settings.base.lr, config.schedule)
     optimizer.rho = at(settings.rho, settings.rho_schedule)
     optimizer.lam = at(settings.lam, settings.lam_schedule)
 
@@ -245,11 +258,12 @@ def _settings(optimizer: phisam.PhiSAM) -> checkpoint.Metrics:
 
 
 def _cost(
-    optimizer: phisam.PhiSAM, batch_size: int, steps_per_epoch: int, epoch: int, seconds: float
+    optimizer: phisam.PhiSAM, batch_size: int, steps_per_epoch: int, history: list[checkpoint.Metrics], seconds: float
 ) -> checkpoint.Metrics:
     """Gradient evaluations and skipped steps since the run began; times of this epoch, evaluation left out."""
+    before = history[-1]["gradient_evaluations"] if history else 0
     return {
-        "gradient_evaluations": (epoch + 1) * steps_per_epoch * optimizer.gradient_evaluations_per_step,
+        "gradient_evaluations": before + steps_per_epoch * optimizer.gradient_evaluations_per_step,
         "skipped_steps": optimizer.skipped_steps,
         "seconds_per_step": seconds / steps_per_epoch,
         "examples_per_second": batch_size * steps_per_epoch / seconds,
@@ -262,9 +276,10 @@ class Averages:
     With `every` > 1 most steps have no sharpness term, and so no part in the mean of R_rho.
     """
 
-    def __init__(self, device: torch.device, n_points: int) -> None:
+    def __init__(self, sums: Tensor, n_points: int) -> None:
+        """sums: (sum, steps) x (loss, R_rho), (2, 2) float64, of the epoch's steps before; added to in place."""
         self._n_points = n_points
-        self._sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # (sum, steps) x (loss, R_rho)
+        self._sums = sums
 
     def add(self, loss: Tensor, record: phisam.StepRecord) -> None:
         """After each step; nothing here waits for the device."""
@@ -310,64 +325,32 @@ class Progress:
         self._batch_size, self._steps_per_epoch = config.training.batch_size, steps_per_epoch
         self._steps = 0
         self._told = time.perf_counter()
+        self._answer: Any = None
+        self.stop_asked = False
+        """Whether the board answered that the run is to save and end; it is asked with each word to it."""
 
     def tell(self, epoch: int, step: int, averages: Averages) -> None:
-        """After each step."""
+        """After each step, 1, 2, ... of an epoch."""
         self._steps += 1
         elapsed = time.perf_counter() - self._told
         if self._board is None or elapsed < PROGRESS_SECONDS:
             return
         rate = self._batch_size * self._steps / elapsed
         loss, _ = averages.means()
-        self._board.tell.remote(epoch=epoch, step=step + 1, steps=self._steps_per_epoch, loss=loss, rate=rate)
+        self._heed_answer()
+        self._answer = self._board.tell.remote(
+            epoch=epoch, step=step, steps=self._steps_per_epoch, loss=loss, rate=rate
+        )
         self._told, self._steps = time.perf_counter(), 0
+
+    def _heed_answer(self) -> None:
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            with suppress(ray.exceptions.RayError):  # a board that is gone says nothing
+                self.stop_asked = self.stop_asked or bool(ray.get(self._answer))
 
 
 def _is_there(until: tuple[str, float] | None, history: list[checkpoint.Metrics]) -> bool:
     return until is not None and bool(history) and history[-1][until[0]] >= until[1]
-
-
-def _resume(
-    model: nn.Module, optimizer: phisam.PhiSAM, scaler: torch.amp.GradScaler | None, start: str | None
-) -> tuple[list[checkpoint.Metrics], dict[str, Any] | None, int]:
-    """History, best model and first epoch: of the newest checkpoint, else of `start`, else of a fresh start."""
-    newest = ray.train.get_checkpoint()
-    if newest is None and start is not None:
-        newest = ray.train.Checkpoint.from_directory(start)
-    if newest is None:
-        return [], None, 0
-    with newest.as_directory() as folder:
-        state, history = checkpoint.load(Path(folder)), checkpoint.load_history(Path(folder))
-    checkpoint.load_model(model, state["model"], newest.path)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None:
-        scaler.load_state_dict(state["scaler"])
-    return history, state["best"], state["epoch"]
-
-
-@contextmanager
-def _saved(
-    due: bool,
-    model: nn.Module,
-    optimizer: phisam.PhiSAM,
-    scaler: torch.amp.GradScaler | None,
-    best: dict[str, Any] | None,
-    history: list[checkpoint.Metrics],
-) -> Iterator[ray.train.Checkpoint | None]:
-    """Rank 0's checkpoint in a folder that lives until Ray Train has copied it; None on other ranks or if not due."""
-    if not due or dist.get_rank() != 0:
-        yield None
-        return
-    state = {
-        "epoch": len(history),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "best": best,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder), state, history)
-        yield ray.train.Checkpoint.from_directory(folder)
 
 
 def _autocast(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

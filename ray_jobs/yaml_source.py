@@ -1,7 +1,7 @@
 """YAML that remembers its lines: reading, `--set` overrides, writing. `explain.py` tells the mistakes.
 
-Reading is safe (no tags, no objects), bounded (1 MiB, 20 levels) and strict (no key twice, no aliases). Which text is
-a number follows YAML 1.2, not PyYAML's 1.1: 1e-3 is a number, while no, off, 1:30 and 2026-01-01 are text.
+Reading is safe (no tags, no objects), bounded (1 MiB, 20 levels, 20,000 values) and strict (no key twice, no aliases).
+Which text is a number follows YAML 1.2, not PyYAML's 1.1: 1e-3 is a number, while no, off, 1:30, 2026-01-01 are text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from ray_jobs.errors import ConfigError
+from ray_jobs.redaction import without_secrets
 
 Path = tuple[str | int, ...]
 
-MAX_BYTES, MAX_DEPTH = 1 << 20, 20
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 20_000
+TOO_DEEP = f"nested far too deeply; a run description has at most {MAX_DEPTH} levels"
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
@@ -66,14 +68,27 @@ def dotted(path: Path) -> str:
 class _Loader(yaml.SafeLoader):
     """The core schema of YAML 1.2, without aliases: nothing in a file can grow beyond its size or contain itself."""
 
+    def __init__(self, stream: str | bytes) -> None:
+        super().__init__(stream)
+        self._nodes = self._depth = 0
+
     yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name and kind)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """PyYAML's, for a value without aliases, not too deep and not one too many."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             problem = f"the alias *{event.anchor} is not accepted here: write the value out"
             raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
-        return super().compose_node(parent, index)
+        self._nodes += 1
+        self._depth += 1
+        try:
+            if self._nodes > MAX_NODES or self._depth > 2 * MAX_DEPTH:  # depth: `read` says it better, just beyond
+                what = f"more than {MAX_NODES} values" if self._nodes > MAX_NODES else TOO_DEEP
+                raise yaml.MarkedYAMLError(None, None, what, self.get_mark())
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 for _name, _pattern, _first in (
@@ -124,6 +139,16 @@ def read_file(path: str) -> Source | None:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def name_in(path: os.PathLike[str]) -> str | None:
+    """What a description on disk says of its name, whatever else is in it; None: nothing, or there is no file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = re.search(r"^name:.*$", file.read(MAX_BYTES), re.MULTILINE)
+        return None if line is None else str(read_yaml(line[0], str(path)).value["name"])
+    except (OSError, ValueError):
+        return None
 
 
 def read_yaml(text: str | bytes, origin: str) -> Source:
@@ -205,8 +230,13 @@ def _at(settings: dict[str, Any], path: Path) -> Any:
     return value
 
 
-def shown(value: Any) -> str:
-    """A value as YAML has it, cut to a length that fits a line of text."""
+def shown(value: Any, key: str = "") -> str:
+    """A value as YAML has it, without secrets, cut to a length that fits a line of text.
+
+    Args:
+        key: what it stands under.
+    """
+    value = without_secrets(value, key)
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -232,9 +262,7 @@ def _compose(text: str | bytes, where: Callable[[int], str]) -> yaml.Node | None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where(0)}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise ConfigError(
-            f"{where(0)}: nested far too deeply; a run description has at most {MAX_DEPTH} levels"
-        ) from None
+        raise ConfigError(f"{where(0)}: {TOO_DEEP}") from None
 
 
 class _Reader:
@@ -260,7 +288,8 @@ class _Reader:
             node.value.encode()
             return _SCALARS[node.tag](node.value)
         except ValueError:  # an explicit tag that does not fit, an endless integer, half a surrogate pair
-            return self._refuse(node, path, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}")
+            held = shown(node.value, str(path[-1]) if path else "")
+            return self._refuse(node, path, f"{held} cannot be read as {node.tag.removeprefix(_TAG)}")
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}

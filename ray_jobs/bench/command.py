@@ -29,11 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    cells = [
-        Cell(workload(model, workers, arguments.batch), workers, tuple(arguments.n), arguments.measure, device)
-        for model in arguments.model
-        for workers in arguments.workers or usual_workers(device)
-    ]
+    cells = []
+    for model in arguments.model:
+        for workers in arguments.workers or usual_workers(device):
+            load = workload(model, workers, arguments.batch, arguments.image)
+            cells.append(Cell(load, workers, tuple(arguments.n), arguments.measure, device))
     for cell in cells:
         check(cell)
     environment = report.environment(device)
@@ -65,6 +65,8 @@ def check(cell: Cell) -> None:
             f"bench: {cell.workers} worker(s) need as many GPUs, but torch sees {torch.cuda.device_count()}; "
             "choose other --workers, or --device cpu"
         )
+    if len(cell.workload.image) != 3:
+        raise ConfigError(f"bench: --image takes three numbers, C,H,W, not {','.join(map(str, cell.workload.image))}")
     batch = cell.workload.batch
     if batch % cell.workers or batch < FEW * cell.workers:
         raise ConfigError(
@@ -79,7 +81,8 @@ def check(cell: Cell) -> None:
         cell.workload.make_model(torch.device("cpu"))
     except ValidationError:
         raise ConfigError(
-            f"bench: there is no model {cell.workload.model!r}: choose mlp, convnet, resnet18 or torchvision/NAME"
+            f"bench: there is no model {cell.workload.model!r}: choose mlp, convnet, resnet18, "
+            "torchvision/NAME or a function package.module:function"
         ) from None
 
 

@@ -25,6 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import phisam
 from ray_jobs.bench import workloads
+from ray_jobs.optimizer_config import OwnMeasure
+from ray_jobs.section import is_own
+from ray_jobs.user_code import own_measure
 
 RHO, LAM, SEED = 0.01, 1e-4, 0  # small: 1,000 steps on one batch stay finite
 LEARNING_RATE = 1e-4
@@ -58,7 +61,7 @@ def methods(workers: int, n_samples: Sequence[int], measure: str | None = None) 
     yield Method("SGD", "sgd", 0, 1, 1.0, 1, True, sgd)
     if workers > 1:
         yield Method("DDP-SGD", "ddp-sgd", 0, workers, 1.0, 1, False, ddp_sgd)
-    sharpness = {n: named_measure(measure or ("trace" if n == 1 else "frobenius")) for n in n_samples}
+    sharpness = {n: named_measure(measure or ("trace" if n == 1 else "frobenius"), n) for n in n_samples}
     for n, chosen in sharpness.items():
         yield phisam_method(f"{chosen.name} n = {n}", chosen, n, workers)
         if workers == 1 and chosen.weight_at_x(1.0) == 0:  # the paper's lam; the row above is what any other costs
@@ -73,8 +76,10 @@ def methods(workers: int, n_samples: Sequence[int], measure: str | None = None) 
         yield Method("pytorch_optimizer SAM", "pytorch_optimizer", 1, 2, 2.0, 1, False, pytorch_optimizer_sam)
 
 
-def named_measure(name: str) -> phisam.Measure:
-    """A measure by the name of its function, with its default settings."""
+def named_measure(name: str, n: int) -> phisam.Measure:
+    """A measure by the name of its function, ours or a user's, with its default settings."""
+    if is_own(name):
+        return own_measure(OwnMeasure(name=name), n)
     measure: phisam.Measure = getattr(phisam, name)()
     return measure
 
@@ -107,12 +112,16 @@ def share(tensor: Tensor, mesh: phisam.SampleMesh) -> Tensor:
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """DDP as the service's worker sets it up, if there are several workers."""
+    """DDP as the service's worker sets it up, if there are several workers.
+
+    Only the broadcast of x at the beginning is left out: all ranks make the same model, and gloo's thread may be the
+    last to let go of the copy that was sent, which nobody sees end: it then counts as memory (d) of every step.
+    """
     if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another name for broadcast_buffers
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
 
 
 def base_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -28,6 +28,22 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_head(parser: argparse.ArgumentParser, dest: str = "address") -> None:
+    """`--address` of a cluster's dashboard, for the commands that look at jobs."""
+    parser.add_argument(
+        "--address",
+        dest=dest,
+        metavar="URL",
+        help="a cluster's dashboard, such as http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS, else the one that "
+        "phisam cluster start began",
+    )
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+    """`--verbose`, of a command that has nothing else to say more of."""
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error in your own functions")
+
+
 def positive(text: str) -> int:
     """A whole number of 1 or more."""
     value = int(text) if text.isdecimal() else 0
@@ -83,6 +99,7 @@ def set_environment(address: str | None, verbose: bool) -> None:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is said after seconds, not four minutes
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds, each of the three times: one that hangs is down too
     }
     if address is None:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every socket of a local Ray on 127.0.0.1

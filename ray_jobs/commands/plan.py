@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ray_jobs.commands.arguments import add_set, command, counts, number, positive, set_environment
+from ray_jobs.commands.arguments import add_set, add_traceback, command, counts, number, positive, set_environment
 
 
 def add(commands: Any) -> None:
@@ -22,7 +22,8 @@ def add(commands: Any) -> None:
   phisam plan my-run.yaml --gpus 64 --parameters 1e9 --flops-per-example 1.2e13      in place of the model
 
 S is the number of ranks that share the points of a step. One W and one n: all S; several: the best of each. Nothing is
-started and no data is read. How it is computed, and how far it is from measured steps: docs/plan.md.""",
+started, and no data is read but by a function of your own. How it is computed, and how far it is from measured steps:
+docs/plan.md.""",
     )
     parser.add_argument("run", metavar="RECIPE_OR_FILE")
     parser.add_argument("--gpus", type=counts, required=True, metavar="W[,W]")
@@ -38,6 +39,7 @@ started and no data is read. How it is computed, and how far it is from measured
     parser.add_argument("--flops-per-example", type=number, metavar="F", help="of a forward and a backward")
     parser.add_argument("--activations-gb", type=number, metavar="GB", help="with --parameters: of one example")
     add_set(parser)
+    add_traceback(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

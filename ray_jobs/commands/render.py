@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "train":
         told = [*arguments.set, *([f"scaling.num_workers={arguments.workers}"] if arguments.workers else [])]
         resolved = config.load(arguments.run, told)
-        name, description, workers = resolved.name, config.dump_yaml(resolved), resolved.scaling.num_workers
+        name, description, workers = resolved.name, config.dump_yaml(resolved), resolved.scaling.most_workers
     elif arguments.kind == "sweep":
         from ray_jobs.sweep.config import dump_sweep, load_sweep
 

@@ -22,7 +22,7 @@ run at the model's epoch.
 
   phisam sharpness 3f2a9c41
   phisam sharpness models:/digits@champion --measures trace,top_eigenvalues
-  phisam sharpness runs/3f2a.../checkpoint_2026... --num-workers 4 --budget 60s
+  phisam sharpness runs/3f2a.../checkpoint_1400 --num-workers 4 --budget 60s
   phisam sharpness 3f2a9c41 --measures spectral_density          CSV and picture, into the run's artifacts
   phisam sharpness weights.pt --run mnist5k-frob                  a state_dict, and the description of its network
 
@@ -52,12 +52,21 @@ Nothing in a file is executed: weights are read as tensors alone.""",
     parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Exit code."""
+def check(arguments: argparse.Namespace) -> None:
+    """Arguments that do not go together.
+
+    Raises:
+        ConfigError: there are such.
+    """
     from ray_jobs.errors import ConfigError
 
     if arguments.budget and arguments.probes:
         raise ConfigError("sharpness: --budget chooses the number of probes, so --probes does not go with it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    check(arguments)
     set_environment(arguments.address, arguments.verbose)
     from rich.console import Console
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.commands.arguments import add_set, command, own_name, positive, set_environment
+
+if TYPE_CHECKING:
+    from ray_jobs.sweep.config import SweepConfig
 
 
 def add(commands: Any) -> None:
@@ -47,8 +50,12 @@ Metrics, models and the report lie in MLflow: one run for the sweep, one child f
     parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Exit code."""
+def described(arguments: argparse.Namespace) -> SweepConfig | None:
+    """The sweep that is asked for; None with --resume alone.
+
+    Raises:
+        ConfigError: a mistake in its description, or arguments that do not go together.
+    """
     from ray_jobs.errors import ConfigError
     from ray_jobs.sweep.config import load_sweep
 
@@ -56,7 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("sweep: name a sweep or a file, or a sweep that was begun with --resume SWEEP_ID")
     if arguments.set and not arguments.file:
         raise ConfigError("sweep --resume goes on with the sweep as it was: --set does not go with it")
-    sweep = load_sweep(arguments.file, arguments.set) if arguments.file else None
+    return load_sweep(arguments.file, arguments.set) if arguments.file else None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    from ray_jobs.errors import ConfigError
+
+    sweep = described(arguments)
     if arguments.dry_run:
         from ray_jobs.sweep.preview import preview
 
@@ -86,14 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
         found = begun.find(arguments.resume)
         if sweep is not None:
             begun.check_same(found, sweep)
-    described = found.sweep if found else sweep
-    assert described is not None
-    variety.check_one_winner(described, arguments.register)
-    at_once = arguments.max_concurrent or described.max_concurrent
-    with cluster.connected(arguments.address, variety.cpus_at_once(described, at_once), arguments.verbose):
+    asked = found.sweep if found else sweep
+    assert asked is not None
+    variety.check_one_winner(asked, arguments.register)
+    at_once = arguments.max_concurrent or asked.max_concurrent
+    with cluster.connected(arguments.address, variety.cpus_at_once(asked, at_once), arguments.verbose):
         if found:
             sweeps.resume(found, console, at_once, arguments.register)
         else:
-            sweeps.start(described, console, at_once, arguments.register)
+            sweeps.start(asked, console, at_once, arguments.register)
     console.print(f"\nTrials, curves and the report: {own_name()} ui", highlight=False)
     return 0

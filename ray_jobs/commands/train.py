@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.commands.arguments import add_set, command, own_name, positive, set_environment
 
 if TYPE_CHECKING:
+    from ray_jobs.config import RunConfig
     from ray_jobs.data import Dataset
 
 
@@ -41,8 +42,12 @@ Metrics, models and checkpoints lie in $PHISAM_HOME, else ./runs; MLFLOW_TRACKIN
     parser.add_argument("--verbose", action="store_true", help="show what Ray and MLflow say, and tracebacks")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Exit code."""
+def described(arguments: argparse.Namespace) -> list[RunConfig]:
+    """The runs that are asked for; none with --resume.
+
+    Raises:
+        ConfigError: a mistake in a description, or arguments that do not go together.
+    """
     from ray_jobs import config
     from ray_jobs.errors import ConfigError
 
@@ -53,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.key and len(arguments.runs) != 1:
         raise ConfigError("train --key goes with one recipe or file")
     workers = [f"scaling.num_workers={arguments.num_workers}"] if arguments.num_workers else []
-    configs = [config.load(name, [*arguments.set, *workers]) for name in arguments.runs]  # all, before the first starts
+    return [config.load(name, [*arguments.set, *workers]) for name in arguments.runs]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    configs = described(arguments)  # all, before the first starts
 
     set_environment(arguments.address, arguments.verbose)
     from rich.console import Console
@@ -74,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         going_on = train.unfinished(run_id)
         configs = [going_on.config]
-    most_workers = max(described.scaling.num_workers for described in configs)
+    most_workers = max(config.scaling.most_workers for config in configs)
 
     def prepared() -> Dataset:
         from ray_jobs import train  # torch, Ray Train and MLflow: six seconds of imports, beside the start of Ray
@@ -91,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
             if going_on:
                 summaries.append(train.resume(going_on, console, dataset))
             else:
-                for described in configs:
-                    summaries.append(train.train(described, console, dataset))
+                for config in configs:
+                    summaries.append(train.train(config, console, dataset))
                     dataset = None
         finally:  # a run that fails takes nothing from those before it
             if summaries:

@@ -44,5 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(arguments.port)]
     command += ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--backend-store-uri", f"sqlite:///{store}"]
     command += ["--default-artifact-root", (store.parent / "artifacts").as_uri()]
+    command += [
+        "--allowed-hosts",
+        f"127.0.0.1:{arguments.port},localhost:{arguments.port}",
+    ]  # no other page
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
     os.execve(sys.executable, command, environment)  # this process becomes the server: one signal ends it

@@ -58,7 +58,7 @@ def reproduce_figure1(asked: Asked, address: str | None, verbose: bool, console:
 
 
 def _train_all(missing: Sequence[RunConfig], address: str | None, verbose: bool, console: Console) -> None:
-    with cluster.connected(address, max(config.scaling.num_workers for config in missing), verbose):
+    with cluster.connected(address, max(config.scaling.most_workers for config in missing), verbose):
         for number, config in enumerate(missing, 1):
             place = f"run {number} of {len(missing)}"
             console.print(f"{place}: {config.name}, seed {config.training.seed}", highlight=False)

@@ -9,7 +9,7 @@ pictures.py      the main figures by matplotlib
 
 from __future__ import annotations
 
-from ray_jobs.report.page import page
+from ray_jobs.report.page import SCRIPT, page, plotly
 from ray_jobs.report.pictures import summary_plots
 
-__all__ = ["page", "summary_plots"]
+__all__ = ["SCRIPT", "page", "plotly", "summary_plots"]

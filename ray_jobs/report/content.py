@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_jobs.compare import best
-from ray_jobs.results import Interval, RunRecord, Setting, interval, settings, varied
+from ray_jobs.results import PERTURBATION, SEED, Interval, RunRecord, Setting, interval, settings, varied
 
 SERIES = 8  # colours, dashes and symbols there are to tell methods apart by
 TEST = "accuracy/test"
+FIRST = {"data.name": 0, "data.fraction": 1, "measure": 2, "rho": 3, "lam": 4, "n_samples": 5}
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,18 @@ class Method:
 
 
 def methods(records: Sequence[RunRecord], metric: str, mode: str) -> list[Method]:
-    """At most SERIES methods, best first: measures at each n, else measures, else the best settings themselves."""
+    """At most SERIES methods, best first.
+
+    They are the sweep's base runs where it has several, else measures at each n, else measures, else settings.
+    """
     found = settings(records)
-    for key in (lambda s: _with_n(s, found), lambda s: s.measure):
+    by_run = len({setting.params.get("run") for setting in found}) > 1
+    ways: list[Callable[[Setting], str]] = [lambda s: _with_n(s, found), lambda s: s.measure]
+    for key in [lambda s: s.params.get("run", "-"), *ways] if by_run else ways:
         groups: dict[str, list[Setting]] = {}
         for setting in found:
             groups.setdefault(key(setting), []).append(setting)
-        if 1 < len(groups) <= SERIES:
+        if len(groups) > 1 and (by_run or len(groups) <= SERIES):
             chosen = [(label, best(group, metric, mode == "max"), len(group)) for label, group in groups.items()]
             break
     else:
@@ -183,10 +189,36 @@ def sharpness_metric(records: Iterable[RunRecord]) -> str:
 
 
 def trial_parameters(records: Sequence[RunRecord]) -> list[str]:
-    """What differs between trials, seed included; measure first, then rho, lam and n."""
-    order = {"data.name": 0, "data.fraction": 1, "measure": 2, "rho": 3, "lam": 4, "n_samples": 5}
-    keys = [key for key in varied([run.params for run in records]) if not key.startswith(("tracking.", "checkpoint."))]
-    return sorted(keys, key=lambda key: (order.get(key, 6 if key != "training.seed" else 9), key))
+    """What differs between trials, seed included; measure first, then rho, lam and n.
+
+    What each measure has its own value of (ASAM's eta, the half-width of Det-SAM's cube) is told by the measure.
+    """
+    keys = [
+        key
+        for key in varied([run.params for run in records])
+        if not key.startswith(("tracking.", "checkpoint.")) and (key in FIRST or not _told_by_measure(records, key))
+    ]
+    return sorted(keys, key=lambda key: (key == SEED, FIRST.get(key, len(FIRST)), key))
+
+
+def parameter(run: RunRecord, key: str) -> str | None:
+    """A setting of a trial; None where it has none, or one that has no effect: the base optimizer's rho."""
+    idle = run.params.get("measure") == "sgd" and key.startswith(PERTURBATION)
+    return None if idle else run.params.get(key)
+
+
+def most_varied(records: Sequence[RunRecord], keys: Sequence[str], most: int) -> list[str]:
+    """So many of the keys, in their order: first those of `FIRST`, then those with the most values."""
+    values = {key: len({parameter(run, key) for run in records}) for key in keys}
+    kept = sorted(keys, key=lambda key: (FIRST.get(key, len(FIRST)), -values[key]))[:most]
+    return [key for key in keys if key in kept]
+
+
+def _told_by_measure(records: Sequence[RunRecord], key: str) -> bool:
+    values: dict[str | None, set[str | None]] = {}
+    for run in records:
+        values.setdefault(run.params.get("measure"), set()).add(run.params.get(key))
+    return len(values) > 1 and all(len(own) == 1 for own in values.values())
 
 
 def environment(records: Sequence[RunRecord]) -> list[tuple[str, str]]:

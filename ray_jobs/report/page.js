@@ -28,6 +28,9 @@ function draw(place) {
   const style = getComputedStyle(document.documentElement);
   const figure = themed(figures[place.id], style);
   figure.layout.font.family = getComputedStyle(document.body).fontFamily;
+  if (figure.layout.legend && place.clientWidth < 480) {
+    Object.assign(figure.layout.legend, { entrywidthmode: "fraction", entrywidth: 0.48 }); // else one name a line
+  }
   if (finger) figure.layout.dragmode = false; // a finger scrolls the page
   Plotly.react(place, figure.data, figure.layout, {
     responsive: true,

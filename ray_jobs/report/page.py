@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -18,15 +19,26 @@ from ray_jobs.report import content, plots, space_plots, tables
 from ray_jobs.report.content import TEST, Method
 from ray_jobs.results import AXES, SEED, RunRecord, settings
 
-LEAST_WIDTH = 96  # pixels that an axis of the parallel coordinates takes
+MOST_AXES = 8  # of the parallel coordinates: what else differs is in the table of trials
+SCRIPT = "plotly.min.js"
+"""Of pages that share one."""
+LEAST_WIDTH, LETTER = 96, 8  # pixels that an axis of the parallel coordinates takes, and a letter of its name
 
 
-def page(parent: RunRecord, trials: Sequence[RunRecord], metric: str, mode: str, description: str | None = None) -> str:
+def page(
+    parent: RunRecord,
+    trials: Sequence[RunRecord],
+    metric: str,
+    mode: str,
+    description: str | None = None,
+    shared: bool = False,
+) -> str:
     """A sweep as one HTML page that loads nothing from a network.
 
     Args:
         metric, mode: what the sweep optimised, "max" or "min".
         description: the text of its sweep.yaml.
+        shared: `plotly()` is not in the page, but in the file SCRIPT beside it.
     """
     figures: dict[str, plots.Figure] = {}
     parts = [
@@ -51,7 +63,8 @@ def page(parent: RunRecord, trials: Sequence[RunRecord], metric: str, mode: str,
         figures=Markup(json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
         css=Markup(_own("page.css")),
         js=Markup(_own("page.js")),
-        plotly=Markup(_plotly()),
+        script=SCRIPT,
+        plotly=None if shared else Markup(plotly()),
     )
 
 
@@ -87,14 +100,15 @@ def _part(
     sharp, sharp_text = _sharpness(records, shown, add)
     maps = space_plots.maps(records, metric, mode)
     keys = content.trial_parameters(records)
-    parallel = space_plots.parallel(records, [key for key in keys if key != SEED], metric, mode)
+    axes = content.most_varied(records, [key for key in keys if key != SEED], MOST_AXES)
+    parallel = space_plots.parallel(records, axes, metric, mode)
     if parallel is not None:
         add("parallel", parallel, "")
     return {
         "id": f"part-{index}",
         "name": name,
         "winner": tables.winner(content.winner(parent, records, metric, mode), metric, len(settings(records))),
-        "tables": _tables(index, records, found, shown),
+        "tables": _tables(index, records, found, shown, parent.params.get("resource")),
         "curves": [
             add("evaluations", plots.curves(found, shown, "gradient_evaluations"), f"{title}, by cost", aside),
             add("seconds", plots.curves(found, shown, "seconds"), f"{title}, by training time", aside),
@@ -104,9 +118,14 @@ def _part(
         "maps": [add(f"map{i}", drawn.figure, drawn.heading) for i, drawn in enumerate(maps)],
         "maps_text": f"{plots.title(metric).capitalize()}, mean over finished seeds; the same colours in all maps. "
         "What acts is the strength s = lam rho².",
-        "parallel": parallel
-        and {"id": f"parallel-{index}", "width": LEAST_WIDTH * len(parallel["data"][0]["dimensions"])},
+        "parallel": parallel and {"id": f"parallel-{index}", "width": _width(parallel)},
     }
+
+
+def _width(parallel: plots.Figure) -> int:
+    """So many pixels that the names of neighbouring axes do not touch."""
+    names = [dimension["label"] for dimension in parallel["data"][0]["dimensions"]]
+    return len(names) * max(LEAST_WIDTH, *(LETTER * (len(a) + len(b)) // 2 for a, b in pairwise(names)))
 
 
 def _sharpness(records: Sequence[RunRecord], shown: str, add: Any) -> tuple[list[dict[str, str]], str]:
@@ -127,15 +146,17 @@ def _sharpness(records: Sequence[RunRecord], shown: str, add: Any) -> tuple[list
     return figures, told
 
 
-def _tables(index: int, records: Sequence[RunRecord], found: Sequence[Method], metric: str) -> list[dict[str, Any]]:
-    """The methods at equal epochs, evaluations and time."""
+def _tables(
+    index: int, records: Sequence[RunRecord], found: Sequence[Method], metric: str, resource: str | None
+) -> list[dict[str, Any]]:
+    """The methods at equal epochs, evaluations and time: what the sweep gave its trials equally comes first."""
     if len(found) < 2 or not any(run.status == "FINISHED" for run in records):
         return []
     chosen = {run.run_id for method in found for run in method.setting.runs}
     runs = [run for run in records if run.run_id in chosen]
     base = "sgd" if sum(method.setting.measure == "sgd" for method in found) == 1 else None
     told = []
-    for axis in AXES:
+    for axis in sorted(AXES, key=lambda axis: axis != resource):
         try:
             (done,) = compare.compare(runs, metric, axis, baseline=base)
         except RunError:
@@ -157,6 +178,6 @@ def _own(name: str) -> str:
     return (resources.files("ray_jobs") / "report" / name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
+def plotly() -> str:
     """Plotly's own script, whole."""
     return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

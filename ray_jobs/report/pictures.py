@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def summary_plots(parent: RunRecord, trials: Sequence[RunRecord], metric: str, m
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
+    return re.sub(r"[\W_]+", "-", name).strip("-")
 
 
 def _blank(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:

@@ -31,12 +31,13 @@ def colour(series: int, alpha: float | None = None) -> str:
 
 
 def title(metric: str) -> str:
-    """accuracy/test -> test accuracy; hessian/trace -> Hessian: trace."""
+    """accuracy/test -> test accuracy; loss/early_test -> early-stopped test loss; hessian/trace -> Hessian: trace."""
     kind, _, part = metric.partition("/")
     if kind == "hessian":
         return {"frobenius_squared": "‖H‖²_F"}.get(part, f"Hessian: {part.replace('_', ' ')}")
     if not part:
         return {"sharpness": "R_rho"}.get(kind, kind.replace("_", " "))
+    part = f"early-stopped {part.removeprefix('early_')}" if part.startswith("early_") else part
     return f"{part} {kind}" if kind in ("accuracy", "loss") else metric
 
 
@@ -69,10 +70,10 @@ def log_axis(values: Sequence[float]) -> Figure:
         return {"type": "log"}
     low, high = math.log10(min(values)), math.log10(max(values))
     pad = 0.05 * (high - low) or 0.1
-    axis: Figure = {"type": "log", "range": [low - pad, high + pad], "tickformat": ".3~g"}
-    if high - low < 0.7:  # hardly bends: Plotly's own ticks
-        return axis | {"nticks": 6}
-    return axis | {"dtick": max(1, round((high - low) / 5)) if high - low > 2.2 else "D2"}
+    axis: Figure = {"type": "log", "range": [low - pad, high + pad], "tickformat": ".3~g", "tickangle": 0}
+    if high - low < 0.7:  # Plotly's own ticks would run into each other
+        return axis | {"tickvals": sorted({float(f"{10 ** (low + (high - low) * k / 2):.2g}") for k in range(3)})}
+    return axis | {"dtick": max(1, round((high - low) / 5)) if high - low > 1.6 else "D2"}
 
 
 def rounded(values: Sequence[float]) -> list[float | None]:
@@ -154,7 +155,7 @@ def _end_labels(ends: Sequence[tuple[Method, float, float]], bounds: tuple[float
             "xanchor": "left",
             "xshift": 4,
             "yref": "y",
-            "y": float(f"{place:.5g}"),
+            "y": min(max(float(f"{place:.5g}"), low), high),  # Plotly leaves out what lies beyond the axis
             "yanchor": "middle",
             "text": method.label,
             "showarrow": False,

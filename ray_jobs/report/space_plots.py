@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_jobs.formatting import brief, short
-from ray_jobs.report.content import mean_of, state
+from ray_jobs.report.content import mean_of, parameter, state
 from ray_jobs.report.plots import Figure, describe, layout, log_axis, rounded, tick_format, title
 from ray_jobs.results import RunRecord, Setting, settings
 
-MOST_CELLS = 80  # of a heat map that still shows its numbers
+MOST_COLUMNS, MOST_ROWS = 8, 12  # of a heat map that still shows its numbers
 SCALE = "Viridis"  # reads the same with every colour vision
 
 
@@ -76,9 +76,9 @@ def _heat_map(
         pick = max if mode == "max" else min
         cells[at] = pick(mean_of(setting, metric), cells.get(at, mean_of(setting, metric)))
     best = (max if mode == "max" else min)(cells, key=cells.__getitem__)
-    x, y = ([f"{value:g}" for value in axis] for axis in (rhos, lams))
+    x, y = map(_names, (rhos, lams))
     rows = [[cells.get((rho, lam), math.nan) for rho in rhos] for lam in lams]
-    shown = len(cells) <= MOST_CELLS
+    shown = len(rhos) <= MOST_COLUMNS and len(lams) <= MOST_ROWS
     return {
         "data": [
             {
@@ -104,11 +104,17 @@ def _heat_map(
         "layout": layout(
             "rho",
             "lam",
-            xaxis={"type": "category", "showgrid": False, "ticks": ""},
+            xaxis={"type": "category", "showgrid": False, "ticks": "", "tickangle": 0 if len(rhos) <= 5 else -90},
             yaxis={"type": "category", "showgrid": False, "ticks": ""},
             shapes=[_frame(rhos.index(best[0]), lams.index(best[1]))],
         ),
     }
+
+
+def _names(values: Sequence[float]) -> list[str]:
+    """Three digits tell the columns of a map apart, or else all digits do."""
+    names = [f"{value:.3g}" for value in values]
+    return names if len(set(names)) == len(names) else [f"{value:g}" for value in values]
 
 
 def _frame(column: int, row: int) -> Figure:
@@ -118,7 +124,7 @@ def _frame(column: int, row: int) -> Figure:
 
 
 def _cell_format(metric: str) -> str:
-    return ".1%" if metric.startswith("accuracy") else ".3~g"
+    return ".1%" if metric.startswith("accuracy") else ".2~g"
 
 
 def _colour_bar(metric: str) -> Figure:
@@ -217,7 +223,7 @@ def parallel(records: Sequence[RunRecord], keys: Sequence[str], metric: str, mod
         return None
     values = [float(run.at(metric) or 0.0) for run in runs]
     low, high = _bounds(values, mode)
-    dimensions = [_dimension(key, [run.params.get(key) for run in runs]) for key in keys]
+    dimensions = [_dimension(key, [parameter(run, key) for run in runs]) for key in keys]
     longest = max(map(len, dimensions[0].get("ticktext", [""])))
     dimensions.append({"label": title(metric), "values": rounded(values), "tickformat": tick_format(metric)})
     return {
@@ -237,7 +243,9 @@ def parallel(records: Sequence[RunRecord], keys: Sequence[str], metric: str, mod
                 "rangefont": {"color": "rgba(0,0,0,0)", "size": 1},
             }
         ],
-        "layout": layout("", "", margin={"l": max(64, 12 + 7 * longest), "r": 64, "t": 44, "b": 16}),
+        "layout": layout(
+            "", "", margin={"l": max(64, 12 + 7 * longest), "r": max(64, 4 * len(title(metric))), "t": 44, "b": 16}
+        ),
     }
 
 
@@ -263,7 +271,7 @@ def _dimension(key: str, texts: Sequence[str | None]) -> Figure:
     below = low - 0.12 * (high - low)  # where what a trial does not have lies, and 0 on a logarithmic axis
     walk = iter(scaled)
     values = [below if text is None else max(below, next(walk)) for text in texts]
-    ticks = {max(below, place): f"{number:g}" for place, number in zip(scaled, numbers, strict=True)}
+    ticks = {max(below, place): f"{number:.3g}" for place, number in zip(scaled, numbers, strict=True)}
     if len(ticks) > 8:
         rounds = range(math.ceil(low), math.floor(high) + 1) if log else ()
         ticks = {float(power): f"{10.0**power:g}" for power in rounds} or {low: f"{low:g}", high: f"{high:g}"}

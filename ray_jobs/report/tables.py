@@ -22,8 +22,9 @@ def winner(setting: Setting | None, metric: str, settings: int) -> dict[str, Any
     if setting is None:
         return None
     keys = [key for key in ("rho", "lam", "n_samples", "strength") if key in setting.params]
-    where = ", ".join(f"{short(key)} = {brief(setting.params[key])}" for key in keys)
     seeds = len(setting.values(metric))
+    where = ", ".join(f"{short(key)} = {brief(setting.params[key])}" for key in keys)
+    runs = f"{seeds} seed{'s' * (seeds != 1)}"
     cards = []
     for name in dict.fromkeys([TEST, metric]):
         values = list(setting.values(name).values())
@@ -34,7 +35,7 @@ def winner(setting: Setting | None, metric: str, settings: int) -> dict[str, Any
         "by": title(metric),
         "of": f"{settings} settings" if settings > 1 else "one setting",
         "label": setting.measure,
-        "where": f"{where}; {seeds} seed{'s' * (seeds != 1)}",
+        "where": f"{where}; {runs}" if where else runs,  # the base optimizer has no rho
         "cards": cards,
     }
 
@@ -162,7 +163,7 @@ def trials(records: Sequence[RunRecord], metric: str) -> tuple[list[str], set[st
     for position, run in enumerate(records):
         number = position if run.trial is None else run.trial
         row = [Cell(str(number)), _state(run)]
-        row += [_parameter(run.params.get(key)) for key in keys]
+        row += [_parameter(content.parameter(run, key)) for key in keys]
         row += [_value(name, run.at(name)) for name in metrics]
         row.append(_plain(run.total("epochs")))
         row.append(_axis("gradient_evaluations", run.spent.get("gradient_evaluations")))

@@ -26,6 +26,7 @@ from ray_jobs.sharpness.job import Job
 from ray_jobs.sharpness.measuring import Measured, check_measurable, has_batch_norm, measuring_batches
 from ray_jobs.tracking import Tracker
 from ray_jobs.tracking.models import Found, find_model
+from ray_jobs.whole_table import print_whole
 from ray_jobs.yaml_source import read_yaml, write_yaml
 
 POLL_SECONDS = 0.25
@@ -154,7 +155,7 @@ def _print(found: Found, result: Measured, what: str, console: Console) -> None:
         probes = str(estimate.probes) if estimate.probes else "exact"
         table.add_row(estimate.name, f"{estimate.value:.6g}", f"{estimate.standard_error:.2g}", relative, probes)
     if result.estimates:
-        console.print(table)
+        print_whole(table, console)
 
 
 def _log(found: Found, result: Measured, console: Console) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 from ray.train.v2.api.config import ScalingConfig
 
-from ray_jobs.cluster import checked_resources, only_loopback
+from ray_jobs.cluster import beside_driver, checked_resources, only_loopback
 from ray_jobs.config import RunConfig
 from ray_jobs.errors import RunError
 from ray_jobs.loopback import LoopbackTorchConfig
@@ -86,7 +86,7 @@ def measured_on_ray(config: RunConfig, job: Job, watch: Callable[[Callable[[], A
         RunError: the model cannot be measured, or workers failed.
     """
     use_gpu = checked_resources(config)
-    desk: Any = ray.remote(num_cpus=0)(Desk).remote(pickle.dumps(job))
+    desk = beside_driver(Desk, pickle.dumps(job))
     storage = made(config.checkpoint.storage or runs_folder())
     name = f"sharpness-{uuid.uuid4().hex[:8]}"
     trainer = Trainer(
@@ -94,7 +94,7 @@ def measured_on_ray(config: RunConfig, job: Job, watch: Callable[[Callable[[], A
         train_loop_config={"desk": desk},
         torch_config=LoopbackTorchConfig() if only_loopback() else None,
         scaling_config=ScalingConfig(
-            num_workers=config.scaling.num_workers,
+            num_workers=config.scaling.most_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),

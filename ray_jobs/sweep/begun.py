@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.journal import read_journal
 from ray_jobs.paths import runs_folder
 from ray_jobs.sweep.config import SweepConfig, load_sweep
-from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL, read_journal
+from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL
+from ray_jobs.yaml_source import name_in
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,7 @@ def _has_a_line(path: Path) -> bool:
 
 
 def _called(name: str) -> list[Path]:
-    return [folder for folder in _folders() if _name(folder) == name]
-
-
-def _name(folder: Path) -> str | None:
-    """What a description says of its name, whatever else is in it."""
-    try:
-        text = (folder / DESCRIPTION).read_text(encoding="utf-8")
-        line = re.search(r"^name:.*$", text, re.MULTILINE)
-        return None if line is None else str(yaml.safe_load(line[0])["name"])
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+    return [folder for folder in _folders() if name_in(folder / DESCRIPTION) == name]
 
 
 def _read(folder: Path) -> Found:

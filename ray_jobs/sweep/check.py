@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_jobs.config import RunConfig
+from ray_jobs.early import EARLY
 from ray_jobs.errors import ConfigError
 from ray_jobs.explain import nearest
 from ray_jobs.sweep.cost import last_rung
@@ -38,6 +39,9 @@ METRICS = (
     "loss/validation",
     "loss/test",
     "loss/train",
+    "ece/validation",
+    "ece/test",
+    *EARLY.values(),
     "sharpness",
     "lr",
     "rho",
@@ -315,6 +319,11 @@ def _of_runs(sweep: SweepConfig, source: Source, configs: list[RunConfig]) -> It
         if len(found) > 1:
             yield _problem(source, ("space",), f"the base runs have different sections {what}: set it under set")
     yield from _of_data(sweep, source, configs)
+    scalings = [config.scaling for config in configs]
+    if sweep.in_process and any(scaling.num_workers != 1 or scaling.use_gpu is not False for scaling in scalings):
+        yield _problem(
+            source, ("in_process",), "needs trials of one worker on the CPU: set scaling.num_workers: 1, use_gpu: false"
+        )
     stopping = sweep.stopping
     if isinstance(stopping, PbtStopping) and any(config.checkpoint.every_epochs > 1 for config in configs):
         yield _problem(

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ray_jobs import checkpoint
+from ray_jobs import checkpoint, checkpoints
 from ray_jobs.errors import ConfigError, RunError, first_line
-from ray_jobs.sweep import checkpoints, outcome
+from ray_jobs.sweep import outcome
 from ray_jobs.sweep.config import dump_sweep
 from ray_jobs.sweep.driver import Driver
 from ray_jobs.sweep.ledger import Trial
 from ray_jobs.sweep.outcome import Setting, Winner
 from ray_jobs.sweep.trials import data_title
 from ray_jobs.tracking import Tracker, provenance
-from ray_jobs.tracking.writer import is_deleted
+from ray_jobs.tracking.server import is_deleted
 from ray_jobs.train import log_models
+from ray_jobs.whole_table import print_whole
 
 MODEL_TAG, MODEL_EPOCH_TAG = "phisam.model", "phisam.model_epoch"
 """Tags of a winner's run: which of its models stands for the epoch at which it was judged, and the model's epoch."""
@@ -72,12 +73,12 @@ def _print(
         on = f" on {title}" if len(found) > 1 else ""
         if on:
             console.print(f"\n{title}:", highlight=False)
-        console.print(outcome.best_table(settings, driver.sweep.metric, driver.sweep.better))
+        print_whole(outcome.best_table(settings, driver.sweep.metric, driver.sweep.better), console)
         best = winners.get(title)
         told = (
             "none: no trial came to its end" if best is None else f"trial {best.trial.index}, run {best.trial.run_id}"
         )
-        console.print(f"\nwinner{on}: {told}", highlight=False)
+        console.print(f"\nwinner{on}: {told}", highlight=False, soft_wrap=True)
 
 
 def _by_data(driver: Driver, trials: list[Trial]) -> dict[str, list[Trial]]:

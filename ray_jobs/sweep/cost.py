@@ -12,6 +12,7 @@ from typing import Literal
 from ray_jobs.config import DataConfig, RunConfig
 from ray_jobs.errors import ConfigError
 from ray_jobs.optimizer_config import ALONG_THE_GRADIENT, OptimizerConfig
+from ray_jobs.section import is_own
 
 Resource = Literal["epochs", "gradient_evaluations", "seconds"]
 
@@ -27,13 +28,21 @@ TRAINING_EXAMPLES = {
 """Of the data sets that are the same everywhere, before `fraction` and `validation_fraction`."""
 
 
-def evaluations_per_step(optimizer: OptimizerConfig) -> float:
-    """n + 1, or 1 + n / k with every = k; a symmetric pair counts twice; the mean over steps."""
+def evaluations_per_step(optimizer: OptimizerConfig, n_samples: int | None = None) -> float:
+    """n + 1, or 1 + n / k with every = k; a symmetric pair counts twice; the mean over steps.
+
+    n_samples: in place of the description's.
+    """
     measure, noise = optimizer.measure.name, optimizer.noise
     if measure == "sgd":
         return 1.0
-    points = 1 if measure in ALONG_THE_GRADIENT else optimizer.n_samples
+    n = optimizer.n_samples if n_samples is None else n_samples
+    points = 1 if measure in ALONG_THE_GRADIENT else n
     perturbed = 2 * points if noise is not None and noise.symmetric else points
+    if is_own(measure):  # it may have several noises, and pairs among them
+        from ray_jobs.worker import make_measure
+
+        perturbed = sum(make_measure(optimizer).evaluations(n)[1:])
     part = optimizer.perturb_fraction
     return 1 + (perturbed if part == 1 else part * (1 + perturbed)) / optimizer.every
 
@@ -42,16 +51,30 @@ def steps_per_epoch(config: RunConfig) -> int:
     """Whole global batches in the training split, 0 where there is not one.
 
     Raises:
-        ConfigError: an imagefolder that cannot be counted.
+        ConfigError: an imagefolder that cannot be counted, or a user's own data that cannot be loaded.
     """
-    examples = round(config.data.fraction * _training_examples(config.data))
-    validation = max(1, round(config.data.validation_fraction * examples))
+    data = config.data
+    if is_own(data.name):
+        from ray_jobs.own_data import sizes  # torch, which the names below can do without
+
+        own = sizes(data.model_dump_json(), config.training.seed)
+        examples = round(data.fraction * own.train)
+        if own.validation is not None:
+            return examples // config.training.batch_size
+    else:
+        examples = round(data.fraction * _training_examples(data))
+    validation = max(1, round(data.validation_fraction * examples))
     return (examples - validation) // config.training.batch_size
 
 
-def evaluations_per_epoch(config: RunConfig) -> float:
-    """Gradient evaluations."""
-    return steps_per_epoch(config) * evaluations_per_step(config.optimizer)
+def evaluations(config: RunConfig, epochs: int | None = None, of: int | None = None) -> float:
+    """Gradient evaluations of the first `epochs` (None: all) of a run of so many epochs (None: its own)."""
+    of = config.training.epochs if of is None else of
+    epochs = of if epochs is None else epochs
+    optimizer = config.optimizer
+    early = 0 if optimizer.n_early is None else min(epochs, of // 2)
+    a_step = early * evaluations_per_step(optimizer, optimizer.n_early) if early else 0.0
+    return steps_per_epoch(config) * (a_step + (epochs - early) * evaluations_per_step(optimizer))
 
 
 def epochs_within(config: RunConfig, resource: Resource, budget: float | None) -> int:
@@ -65,8 +88,12 @@ def epochs_within(config: RunConfig, resource: Resource, budget: float | None) -
         case "epochs":
             return epochs if budget is None else math.floor(budget)
         case "gradient_evaluations":
-            whole = epochs * steps_per_epoch(config) if budget is None else budget
-            return math.floor(whole / evaluations_per_epoch(config) * (1 + 1e-12))
+            whole = (epochs * steps_per_epoch(config) if budget is None else budget) * (1 + 1e-12)
+            dearest = max(evaluations(config, of=1), evaluations(config, of=2) / 2)
+            paid = math.floor(whole / dearest)  # never too many; more where n_early is less than n_samples
+            while evaluations(config, of=paid + 1) <= whole:
+                paid += 1
+            return paid
         case "seconds":
             return epochs
 
@@ -77,7 +104,7 @@ def last_rung(config: RunConfig, resource: Resource, budget: float | None) -> fl
         case "epochs":
             return config.training.epochs - 1
         case "gradient_evaluations":
-            return (config.training.epochs - 1) * evaluations_per_epoch(config)
+            return evaluations(config, config.training.epochs - 1)
         case "seconds":
             return math.inf if budget is None else budget
 

@@ -16,22 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import checkpoint
+from ray_jobs import checkpoint, checkpoints
+from ray_jobs.checkpoints import saved_history, usable
 from ray_jobs.cluster import only_loopback
 from ray_jobs.config import RunConfig, dump_yaml
 from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.journal import Event, Journal
 from ray_jobs.progress import Metrics
-from ray_jobs.sweep import checkpoints, executor
-from ray_jobs.sweep.checkpoints import usable
+from ray_jobs.sweep import executor
 from ray_jobs.sweep.config import SweepConfig
-from ray_jobs.sweep.journal import Event, Journal
 from ray_jobs.sweep.ledger import Ledger, Trial
 from ray_jobs.sweep.prepare import Checks
 from ray_jobs.sweep.progress import SweepView
 from ray_jobs.sweep.search import Search
+from ray_jobs.sweep.space import RUN
 from ray_jobs.tracking.sweep import Child, SweepTracker
 from ray_jobs.tracking.writer import Writer
-from ray_jobs.trainer import made, saved_history
+from ray_jobs.trainer import made
+from ray_jobs.user_code import CODE_TAG, OwnCode
 
 TRIAL_DESCRIPTION = "run.yaml"
 ENDS = {"finished": "FINISHED", "cut": "KILLED", "failed": "FAILED"}
@@ -94,15 +96,16 @@ class Driver:
         """A trial that goes on. Where its newest checkpoint cannot be read, it goes on from an older one, or anew."""
         folder = self.leg_folder(trial)
         self.writer.reopen(trial.run_id)
-        found, cause = checkpoints.look(folder)
-        if cause is None:
-            history = saved_history(folder)
-        else:
+        found, damaged = checkpoints.look(folder)
+        if damaged:
             history = [] if found is None else checkpoint.load_history(found)
-        if cause is not None and trial.status == "running":
-            start = trial.start if found is None else str(found)
+        else:
+            history = saved_history(folder)
+        if damaged and trial.status == "running":
+            start, cause = trial.start if found is None else str(found), next(iter(damaged.values()))
             self._record({"event": "rewound", "trial": trial.index, "start": start, "cause": cause})
-            checkpoints.set_aside(folder)
+            for path in damaged:
+                checkpoints.set_aside(path)
             where = "its beginning" if start is None else f"epoch {len(history)}" if history else start
             self.say(f"trial {trial.index} goes on from {where}, as its newest checkpoint is of no use ({cause})")
         for metrics in history:
@@ -178,14 +181,14 @@ class Driver:
         told = Child(f"{self.sweep.name}/{index}", {key: str(value) for key, value in values.items()}, {}, None)
         try:
             config = self.sweep.trial(values, index)
-            told = Child.of(config, self.checks.tags(config))
+            told = Child.of(config, self.checks.tags(config), values.get(RUN))
         except ConfigError as error:
             refused = str(error)
         run_id = self._child(index, told)
         if run_id is None:
             return None
         event = {"event": "start", "trial": index, "values": values, "run": run_id, "time": time.time()}
-        self._record({**event, "data": told.tags.get("data.fingerprint")})
+        self._record({**event, "data": told.tags.get("data.fingerprint"), "code": told.tags.get(CODE_TAG)})
         trial = self.ledger.trials[index]
         self.epochs[index] = self._planned(trial)
         if refused is not None:
@@ -230,6 +233,9 @@ class Driver:
             "start": trial.start,
             "known": trial.points[-1].epoch if trial.points else 0,
             "until": until,
+            "own": OwnCode.of(config).settings(),
+            "fingerprint": self.checks.dataset(config).fingerprint,
+            "in_process": self.sweep.in_process,
             "environment": executor.train_environment(),
         }
 
@@ -265,7 +271,7 @@ class Driver:
         event = self.ledger.news(trial, metrics, self.sweep.metric, self.sweep.resource)
         if event is not None:
             self._record(event)
-            self.writer.epoch(trial.run_id, metrics)
+        self.writer.epoch(trial.run_id, metrics)  # no news to the sweep may be to MLflow, after a kill between the two
 
     def _decide(self) -> None:
         while events := self.ledger.decisions():

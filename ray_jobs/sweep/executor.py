@@ -132,6 +132,7 @@ class _Stopper(_Unsaved, FIFOScheduler):
         self._conductor, self._errors = conductor, errors
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Tune tells an event of a leg: on with it, or its end."""
         try:
             goes_on = self._conductor.told(trial.config["trial"], json.loads(result["event"]))
         except Exception as error:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ray_jobs.sweep.journal import Event
+from ray_jobs.journal import Event
 from ray_jobs.sweep.trajectory import Cut, Pending, Point, Stopping, Trajectory
 
 Status = Literal["running", "waiting", "finished", "cut", "failed"]

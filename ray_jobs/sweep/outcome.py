@@ -91,7 +91,7 @@ def best_table(found: Sequence[Setting], metric: str, better: Callable[[float, f
     """The best settings, as the terminal shows them."""
     judged = [setting for setting in found if setting.score is not None]
     judged.sort(key=cmp_to_key(lambda a, b: _compare(a, b, better)))
-    keys = list(dict.fromkeys(key for setting in judged for key in setting.values))
+    keys = [key for key in dict.fromkeys(k for s in judged for k in s.values) if _differs(judged, key)]
     table = Table(box=None, pad_edge=False)
     for head in [*short_names(keys), metric, "95 % interval", "seeds", "trials"]:
         table.add_column(head, no_wrap=True)
@@ -99,9 +99,24 @@ def best_table(found: Sequence[Setting], metric: str, better: Callable[[float, f
         score = setting.score
         assert score is not None
         numbers = [shown(metric, score.mean), shown_interval(metric, score), str(score.n)]
-        trials = " ".join(str(trial.index) for trial in setting.trials)
+        trials = _ranges([trial.index for trial in setting.trials])
         table.add_row(*(brief(setting.values.get(key, "")) for key in keys), *numbers, trials)
     return table
+
+
+def _differs(found: Sequence[Setting], key: str) -> bool:
+    return len(found) == 1 or any(setting.values.get(key) != found[0].values.get(key) for setting in found)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-4 7 for 0, 1, 2, 3, 4, 7: trials of a setting are neighbours."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _compare(one: Setting, other: Setting, better: Callable[[float, float], bool]) -> int:

@@ -11,12 +11,13 @@ from ray_jobs.cluster import checked_resources
 from ray_jobs.config import RunConfig
 from ray_jobs.data import Dataset, load_dataset
 from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.journal import Event
 from ray_jobs.sweep.config import SweepConfig
-from ray_jobs.sweep.journal import Event
 from ray_jobs.sweep.search import Search
 from ray_jobs.sweep.variety import variety
 from ray_jobs.tracking import provenance
 from ray_jobs.train import check_fit
+from ray_jobs.user_code import OwnCode, changed
 
 
 class Checks:
@@ -45,6 +46,8 @@ class Checks:
         Raises:
             ConfigError: the cluster cannot hold them.
         """
+        if len(config.scaling.sizes) > 1:
+            raise ConfigError("scaling.num_workers must be a number in a sweep: its trials share what the cluster has")
         key = config.scaling.model_dump_json()
         if key not in self._gpu:
             self._gpu[key] = checked_resources(config)
@@ -66,7 +69,8 @@ class Checks:
             self._fits.add(fit)
         if dataset.fingerprint not in self._provenance:
             self._provenance[dataset.fingerprint] = provenance(dataset.fingerprint)
-        return {**self._provenance[dataset.fingerprint], "device": "cuda" if use_gpu else "cpu"}
+        own = OwnCode.of(config).tags()
+        return {**self._provenance[dataset.fingerprint], **own, "device": "cuda" if use_gpu else "cpu"}
 
     def data(self, sweep: SweepConfig) -> list[str]:
         """The fingerprints of all data that trials may be on, by their first seed; looked at before the first starts.
@@ -104,6 +108,15 @@ class Checks:
                     "had not"
                 )
 
+    def changed_code(self, sweep: SweepConfig, events: Iterable[Event]) -> str | None:
+        """What there is to say where the user's own code is not what trials began with."""
+        for event in events:
+            if event["event"] == "start" and event.get("code"):
+                config = sweep.trial(event["values"], event["trial"])
+                if told := changed(event["code"], OwnCode.of(config).fingerprint):
+                    return f"trial {event['trial']}: {told}"
+        return None
+
     def known_trials(self, sweep: SweepConfig, search: Search) -> None:
         """Every trial whose values do not wait for results, before the first starts.
 
@@ -131,9 +144,9 @@ def concurrency(configs: Iterable[RunConfig], checks: Checks, asked: int | None)
     needs = ""
     for config in configs:
         scaling, use_gpu = config.scaling, checks.use_gpu(config)
-        wants = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+        wants = {"CPU": scaling.most_workers * scaling.cpus_per_worker}
         if use_gpu:
-            wants["GPU"] = scaling.num_workers * scaling.gpus_per_worker
+            wants["GPU"] = scaling.most_workers * scaling.gpus_per_worker
         for kind, amount in wants.items():
             fit = math.floor(have.get(kind, 0) / amount)
             if fit < places:

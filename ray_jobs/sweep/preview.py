@@ -11,7 +11,7 @@ from ray_jobs.config import RunConfig
 from ray_jobs.formatting import brief, short_names
 from ray_jobs.sweep.check import MAX_RUNGS
 from ray_jobs.sweep.config import SweepConfig
-from ray_jobs.sweep.cost import evaluations_per_epoch, evaluations_per_step
+from ray_jobs.sweep.cost import evaluations, steps_per_epoch
 from ray_jobs.sweep.rungs import RungRule
 from ray_jobs.sweep.search import Search, make_search
 from ray_jobs.sweep.sections import SEED, NoStopping, TpeSearch
@@ -31,7 +31,7 @@ class _Row:
     @property
     def cost(self) -> float:
         """Gradient evaluations of one of them."""
-        return self.config.training.epochs * evaluations_per_epoch(self.config)
+        return evaluations(self.config)
 
 
 def preview(sweep: SweepConfig, max_concurrent: int | None) -> str:
@@ -79,7 +79,7 @@ def _head(sweep: SweepConfig, search: Search) -> Iterator[str]:
     elif isinstance(stopping, RungRule):
         levels = list(itertools.islice(stopping.rungs(), MAX_RUNGS))
         yield f"{stopping.name}: rungs at {_levels(levels)} {_axis(sweep)}."
-    if sweep.metric in ("accuracy/test", "loss/test"):
+    if sweep.metric.endswith("test"):
         yield f"Note: the winner is chosen by the test set, so that its {sweep.metric} is no estimate of anything."
 
 
@@ -105,8 +105,9 @@ def _table(rows: Sequence[_Row]) -> Iterator[str]:
     cells = [["trials", *short_names(keys), "epochs", "evaluations a step", "gradient evaluations"]]
     for row in rows:
         values = ["" if key not in row.values else brief(row.values[key], digits=6) for key in keys]
-        per_step = evaluations_per_step(row.config.optimizer)
-        cells.append([row.trials, *values, f"{row.config.training.epochs}", f"{per_step:g}", f"{row.cost:,.0f}"])
+        epochs, steps = row.config.training.epochs, steps_per_epoch(row.config)
+        per_step = row.cost / (epochs * steps) if epochs * steps else 0.0
+        cells.append([row.trials, *values, f"{epochs}", f"{per_step:.4g}", f"{row.cost:,.0f}"])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     for line in cells:
         words = [
@@ -121,10 +122,10 @@ def _foot(sweep: SweepConfig, rows: Sequence[_Row], unknown: int, max_concurrent
     total = sum(row.cost for row in rows)
     if unknown:
         configs = [sweep.trial(values_of(picks), 0) for picks in sweep.corners()]
-        total += unknown * max(config.training.epochs * evaluations_per_epoch(config) for config in configs)
+        total += unknown * max(evaluations(config) for config in configs)
     least = unknown or not isinstance(sweep.stopping, NoStopping) or sweep.resource == "seconds"
     yield f"In all {'at most ' if least else ''}{total * n_seeds:,.0f} gradient evaluations."
-    workers = sorted({config.scaling.num_workers for config in variety(sweep, "scaling")})
+    workers = sorted({config.scaling.most_workers for config in variety(sweep, "scaling")})
     told = " or ".join(map(str, workers))
     at_once = "as many trials at once as the cluster has place for"
     if max_concurrent is not None:

@@ -12,14 +12,19 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from ray_jobs import source
+from ray_jobs.cluster import beside_driver
+from ray_jobs.disk import write_whole
 from ray_jobs.errors import RunError
+from ray_jobs.jobs import heartbeat
+from ray_jobs.journal import Journal
 from ray_jobs.paths import runs_folder
 from ray_jobs.sweep import executor
 from ray_jobs.sweep.begun import Found, check_name
 from ray_jobs.sweep.conclusion import conclude
 from ray_jobs.sweep.config import SweepConfig, dump_sweep
 from ray_jobs.sweep.driver import Driver, sigterm_as_interrupt
-from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL, Journal, write_whole
+from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL
 from ray_jobs.sweep.ledger import Ledger, Trial
 from ray_jobs.sweep.prepare import Checks, concurrency
 from ray_jobs.sweep.progress import SweepBoard, SweepView
@@ -28,10 +33,8 @@ from ray_jobs.sweep.stopping import make_stopping
 from ray_jobs.sweep.variety import variety
 from ray_jobs.tracking import provenance, tracking_uri
 from ray_jobs.tracking.sweep import SweepTracker
-from ray_jobs.tracking.writer import Writer
+from ray_jobs.tracking.writer import INTERRUPTED_PATIENCE, Writer
 from ray_jobs.trainer import alone, made
-
-INTERRUPTED_PATIENCE = 5.0  # seconds that Ctrl-C waits for an MLflow that is away
 
 
 def start(sweep: SweepConfig, console: Console, max_concurrent: int | None, register: str | None) -> None:
@@ -88,6 +91,8 @@ def resume(found: Found, console: Console, max_concurrent: int | None, register:
         if not over:
             checks.data(sweep)
             checks.same_data(sweep, journal.events)
+            if warning := checks.changed_code(sweep, journal.events):
+                console.print(f"{sweep.name}: {warning}", highlight=False, soft_wrap=True)
         tracker = SweepTracker(tracking_uri(shapes[0].tracking, runs_folder()), found.folder.name)
         ending: AbstractContextManager[None] = contextlib.nullcontext() if over else _true_end(tracker)
         with sigterm_as_interrupt(), ending:
@@ -106,20 +111,25 @@ def _go(
     """All of a sweep that is not done yet; what went wrong, though it is over."""
     sweep, folder = found.sweep, found.folder
     search = make_search(sweep, journal.events[0]["max_concurrent"])
-    tracker.describe(_parameters(sweep, search), {"phisam.folder": str(folder)}, {DESCRIPTION: dump_sweep(sweep)})
+    tracker.describe(
+        _parameters(sweep, search),
+        {"phisam.folder": str(folder)},
+        {DESCRIPTION: dump_sweep(sweep), **source.carried()[1]},
+    )
     ledger = Ledger(search, make_stopping(sweep))
-    board = ray.remote(num_cpus=0)(SweepBoard).remote()
+    board = beside_driver(SweepBoard)
 
     def read(lines_seen: int) -> Any:
-        return ray.get(board.read.remote(lines_seen), timeout=10)  # type: ignore[attr-defined]
+        return ray.get(board.read.remote(lines_seen), timeout=10)
 
     def trials() -> list[Trial]:
         return list(ledger.trials.values())
 
+    heartbeat.watch_sweep(folder.name, sweep.name, lambda: [trial.status for trial in trials()], search.n_trials)
     epochs: dict[int, int] = {}
     view = SweepView(console, sweep.name, sweep.metric, search.n_trials, epochs, trials, read)
     view.say(f"sweep {folder.name}: {search.n_trials} trials, {at_once} at once")
-    writer = Writer(tracker.uri, view.say)
+    writer = Writer(tracker.uri, folder, view.say)
     driver = Driver(
         sweep,
         folder,

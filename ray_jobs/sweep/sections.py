@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
 from ray_jobs.config import RunConfig
 from ray_jobs.errors import ConfigError
 from ray_jobs.explain import told
-from ray_jobs.section import ByName, Count, Positive, Section
+from ray_jobs.redaction import is_secret, redacted, without_secrets
+from ray_jobs.section import NAME_PATTERN, ByName, Count, Positive, Section
 from ray_jobs.sweep.cost import Resource, last_rung
 from ray_jobs.sweep.space import Dimension, Picks, Space, values_of
 from ray_jobs.sweep.trials import Trials, with_settings
@@ -97,16 +98,18 @@ class SweepConfig(Section):
     """A complete sweep. Only `config.load_sweep` makes one that was checked."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+        pattern=NAME_PATTERN,
         max_length=90,
         examples=["rho-of-sam, of letters, digits, '.', '_', '-' and '/', at most 90"],
     )
-    description: str = ""
+    description: Annotated[str, AfterValidator(redacted)] = ""
     run: str | None = Field(None, description="recipe or file of the base run; or a dimension of the space")
-    runs: dict[str, dict[str, Any]] = Field(
+    runs: Annotated[dict[str, dict[str, Any]], AfterValidator(without_secrets)] = Field(
         default_factory=dict, description="base runs by name, written out; they go before recipes and files"
     )
-    set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value, in every trial")
+    set: Annotated[dict[str, Any], AfterValidator(without_secrets)] = Field(
+        default_factory=dict, description="dotted key -> value, in every trial"
+    )
     space: dict[str, Annotated[tuple[Dimension, ...], Field(strict=False)]] = Field(
         default_factory=dict, description="dotted key -> its values; a list of them where conditions tell them apart"
     )
@@ -120,6 +123,9 @@ class SweepConfig(Section):
     resource: Resource = Field("epochs", description="what trials get equally, and rungs are measured in")
     budget: Positive | None = Field(None, description="of the resource, a trial; null: what the run's epochs cost")
     max_concurrent: Count | None = Field(None, description="trials at once; null: as many as the cluster takes")
+    in_process: bool = Field(
+        False, description="trials of one CPU worker share processes: for many small ones, whose start is their cost"
+    )
     retries: int = Field(2, ge=0, description="how often a trial that failed is tried again")
 
     @field_serializer("space")
@@ -136,6 +142,10 @@ class SweepConfig(Section):
         if isinstance(settings, dict) and "mode" not in settings and "metric" in settings:
             return {**settings, "mode": "max" if str(settings["metric"]).startswith("accuracy") else "min"}
         return settings
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for key in filter(is_secret, self.space):
+            yield f"space.{key}", "looks like a secret, and a sweep tells its values to everyone: leave it out"
 
     def better(self, a: float, b: float) -> bool:
         """Whether a is strictly better than b; NaN is worse than every number."""
@@ -158,7 +168,7 @@ class SweepConfig(Section):
 
     def differences(self, other: SweepConfig) -> list[str]:
         """What decides trials and verdicts, and is not the same in the other sweep, in words."""
-        free = {"name", "description", "max_concurrent", "retries"}
+        free = {"name", "description", "max_concurrent", "in_process", "retries"}
         mine, others = (sweep.model_dump(mode="json", exclude=free) for sweep in (self, other))
         return [
             f"{key}: {shown(value)} here, {shown(others[key])} there"

@@ -55,6 +55,7 @@ class Dimension(Section):
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        """(key, what it must be) for what makes no dimension."""
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             yield "", f"needs one of {', '.join(KINDS)}{f', not {len(given)} of them' if given else ''}"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TICK_SECONDS = 1.0  # a trial says that it is alive so often: only then can Tune stop it
 STOP_SECONDS = 30.0
 MAX_CAUSE = 300
+HANDED_ON = ("start", "until", "own", "fingerprint")  # of a leg's settings, to its workers
 
 Event = dict[str, Any]
 
@@ -60,13 +61,13 @@ class _Method:
     method: Any
     trial: int
 
-    def remote(self, *arguments: Any, **named: Any) -> None:
-        self.method.remote(self.trial, *arguments, **named)
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        return self.method.remote(self.trial, *arguments, **named)
 
 
 class TrainTrial(tune.Trainable):
     """config: board, a handle; leg, a JSON text: trial, config (a run description), folder, use_gpu, loopback, retries,
-    start (a checkpoint to begin from, or null), until ([metric, level], or null), environment.
+    start (a checkpoint to begin from, or null), until ([metric, level], or null), environment, in_process.
 
     A result carries one event as JSON under "event": {kind: epoch, metrics} | {kind: restart, cause} |
     {kind: trained} | {kind: failed, cause} | {kind: place, placement_group}, or {kind: tick}.
@@ -120,6 +121,8 @@ class Leg:
         with suppress(RuntimeError):  # the loop is closed: the run has ended by itself
             self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join(STOP_SECONDS)
+        if self._settings["in_process"] and self._thread.is_alive():  # in the middle of a long epoch
+            raise RuntimeError("the trial in this process does not end: the next one needs another")
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -155,12 +158,30 @@ class Leg:
         raise asyncio.CancelledError
 
     def _fit(self) -> BaseException | None:
+        from ray_jobs.checkpoints import saved_history
+        from ray_jobs.divergence import why_ended
+
+        settings = self._settings
+        for metrics in saved_history(Path(settings["folder"])):  # saved by an earlier leg that died before it told
+            if metrics["epoch"] > settings["known"]:
+                self._events.put({"kind": "epoch", "metrics": metrics})
+        if settings["in_process"]:
+            from ray_jobs.sweep.here import train_here
+
+            board = Told(self._board, settings["trial"])
+            error: BaseException | None = train_here(settings, board, self._events.put, self._stopped)
+        else:
+            error = self._fit_on_workers()
+        diagnosis = why_ended(Path(settings["folder"]))
+        return RunError(diagnosis) if error is None and diagnosis is not None else error
+
+    def _fit_on_workers(self) -> BaseException | None:
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.controller import TrainController
 
         from ray_jobs.config import from_dict
-        from ray_jobs.trainer import Trainer, make_trainer, saved_history
+        from ray_jobs.trainer import Trainer, make_trainer
 
         class Place(WorkerGroupCallback):
             """Tells where the workers are, for the driver to free if this process dies."""
@@ -183,13 +204,10 @@ class Leg:
                 return leg._control(TrainController, controller)
 
         settings = self._settings
-        for metrics in saved_history(Path(settings["folder"])):  # saved by an earlier leg that died before it told
-            if metrics["epoch"] > settings["known"]:
-                self._events.put({"kind": "epoch", "metrics": metrics})
         trainer = make_trainer(
             _train_loop,
             from_dict(settings["config"]),
-            {"board": Told(self._board, settings["trial"]), **{k: settings[k] for k in ("start", "until")}},
+            {"board": Told(self._board, settings["trial"]), **{k: settings[k] for k in HANDED_ON}},
             Path(settings["folder"]),
             [Reports(self._events)],
             use_gpu=settings["use_gpu"],

@@ -84,6 +84,7 @@ def grounded(path: tuple[str, ...], value: Any) -> Any:
 def data_title(data: DataConfig) -> str:
     """What a trial is on, in a word that may stand in a metric's name: numbers on two of them are not compared."""
     name = data.name if data.name != "imagefolder" else f"imagefolder {data.root}"
+    name = name if not data.options else f"{name} {' '.join(f'{k} {v}' for k, v in data.options.items())}"
     parts = [name, f"{data.fraction:g} of it" if data.fraction < 1 else ""]
     parts.append(f"{data.label_noise:g} of labels wrong" if data.label_noise else "")
     return re.sub(r"[^\w ./-]", "_", " ".join(filter(None, parts)))

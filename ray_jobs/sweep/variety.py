@@ -33,7 +33,7 @@ def variety(sweep: SweepConfig, section: str) -> list[RunConfig]:
 
 def cpus_at_once(sweep: SweepConfig, max_concurrent: int | None) -> int:
     """CPUs that a local Ray needs, so that as many of the largest trials as were asked for share this machine."""
-    cpus = [config.scaling.num_workers * config.scaling.cpus_per_worker for config in variety(sweep, "scaling")]
+    cpus = [config.scaling.most_workers * config.scaling.cpus_per_worker for config in variety(sweep, "scaling")]
     return math.ceil(max(cpus) * (max_concurrent or 1))
 
 

@@ -1,7 +1,7 @@
 """MLflow: one run per run, also across restarts; each epoch once. The only package that imports mlflow.
 
 Metrics carry the worker's timestamp, and a checkpoint carries the metrics of all epochs behind it. MLflow's key of a
-measurement is (run, name, timestamp, value, step), so that writing an epoch again writes nothing, and `reconcile` can
+measurement is (run, name, timestamp, value, step), so that writing an epoch again writes nothing, and `Outbox` can
 fill in whatever a killed process had not sent.
 """
 

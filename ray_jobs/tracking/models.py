@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
-from ray_jobs import checkpoint
+from ray_jobs import checkpoint, checkpoints
 from ray_jobs.config import RunConfig, TrackingConfig, load
 from ray_jobs.data import Dataset
 from ray_jobs.errors import ConfigError, RunError, first_line
 from ray_jobs.models import make_model
 from ray_jobs.paths import runs_folder
 from ray_jobs.tracking.server import asked, find_run, tracking_uri
-from ray_jobs.trainer import newest_checkpoint
+from ray_jobs.user_code import own_functions
+from ray_jobs.yaml_source import read_yaml
 
 DESCRIPTION = "run.yaml"
 WEIGHTS = "weights.pt"
@@ -81,7 +81,7 @@ def find_model(what: str, which: str = "last", described: RunConfig | None = Non
         described: the description to read the weights with; None: the run's own.
 
     Raises:
-        ConfigError: nothing says which network the weights are of.
+        ConfigError: nothing says which network the weights are of, or only MLflow says so and it names own functions.
         RunError: there is no such run, model, or checkpoint, or it cannot be read.
     """
     if what.startswith("models:"):
@@ -105,7 +105,7 @@ def _of_run(uri: str, run: Run, which: str, described: RunConfig | None) -> Foun
         if model.name == which:
             return _logged(uri, run, model, described)
     folder = Path(run.data.tags.get("phisam.folder", str(runs_folder() / run_id)))
-    newest = newest_checkpoint(folder)
+    newest = checkpoints.newest(folder)
     if newest is None:
         raise RunError(
             f"run {run_id} ({run.info.run_name}, {run.info.status}) has no model {which!r} in MLflow, and no "
@@ -141,7 +141,7 @@ def _epoch(uri: str, model: LoggedModel) -> int | None:
     """The epoch in a logged model's metadata."""
     with tempfile.TemporaryDirectory() as folder:
         path = _fetched(uri, f"{model.artifact_location}/MLmodel", folder)
-        told = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
+        told = read_yaml(path.read_bytes(), f"MLmodel of {model.model_id}").value if path else {}
     epoch = (told.get("metadata") or {}).get("epoch")
     return None if epoch is None else int(epoch)
 
@@ -154,7 +154,26 @@ def _description(uri: str, run: Run) -> RunConfig:
                 f"run {run.info.run_id} has no {DESCRIPTION} that names its network and data: say which description "
                 "fits with --run RECIPE_OR_FILE"
             )
-        return load(str(path))
+        described = load(str(path))
+    _check_functions(described, run)
+    return described
+
+
+def _check_functions(described: RunConfig, run: Run) -> None:
+    """What others may have written into MLflow has no function called that none of the run's files here names."""
+    run_id, runs = run.info.run_id, runs_folder().resolve()
+    known = []
+    for folder in (runs / run_id, Path(run.data.tags.get("phisam.folder", runs / run_id)).resolve()):
+        ours = runs in folder.parents and runs / "artifacts" not in folder.parents  # which MLflow's server writes to
+        if ours and (folder / DESCRIPTION).exists():
+            known += own_functions(load(str(folder / DESCRIPTION)))
+    for function in own_functions(described):
+        if function not in known:
+            raise ConfigError(
+                f"run {run_id}: {function} is your own function, or somebody else's, and only MLflow says that the run "
+                f"has it with these options, where others may write: read the run's {DESCRIPTION}, and name it, or the "
+                "file that you trained from, with --run FILE"
+            )
 
 
 def _fetched(uri: str, artifact: str, folder: str) -> Path | None:
@@ -205,7 +224,7 @@ def _of_path(path: Path, which: str, described: RunConfig | None) -> Found:
         return Found(str(path), _weights(path), None, described, None, None, None)
     folder = path.parent if path.is_file() else path
     if not (folder / checkpoint.STATE).exists():  # of a run
-        newest = newest_checkpoint(folder)
+        newest = checkpoints.newest(folder)
         if newest is None:
             raise RunError(f"{folder}: the run has no checkpoint yet")
         folder = newest
@@ -248,7 +267,7 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
         raise RunError(
             f"{path}: it is damaged, or holds more than tensors, which could not be read without executing code from it"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that somebody made has torch's reader raise whatever it likes
         raise RunError(f"{path}: no weights can be read from it ({first_line(error)})") from None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise RunError(f"{path}: this is no state_dict, which has a tensor under each name")

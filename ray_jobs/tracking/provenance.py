@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import subprocess
 
 import phisam
+from ray_jobs import source
 
 
 def provenance(fingerprint: str) -> dict[str, str]:
@@ -18,18 +18,5 @@ def provenance(fingerprint: str) -> dict[str, str]:
         "version.python": platform.python_version(),
         "version.phisam": phisam.__version__,
         **versions,
-        **_git(),
+        **source.carried()[0],
     }
-
-
-def _git() -> dict[str, str]:
-    """Commit of the current directory's repository and whether it has uncommitted changes; nothing outside one."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
-    except (OSError, subprocess.SubprocessError):
-        return {}

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Run
@@ -17,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from ray_jobs.errors import RunError
 from ray_jobs.results import Curve, RunRecord, better_is_more
 from ray_jobs.tracking.server import asked, find_run, search_runs
+from ray_jobs.yaml_source import read_yaml
 
 READERS = 8  # MLflow gives one metric of one run at a time
 COSTS = ("gradient_evaluations", "seconds")
@@ -32,6 +32,40 @@ def read_run(uri: str, run_id: str) -> RunRecord:
     client = MlflowClient(uri)
     with asked(uri, f"give run {run_id}"):
         return _record(client, client.get_run(run_id), None)
+
+
+@dataclass(frozen=True)
+class Written:
+    """All that MLflow has of a run, as often as it has it. points: (metric, step, value)."""
+
+    run_id: str
+    name: str
+    status: str
+    points: list[tuple[str, int, float]]
+
+
+def all_points(uri: str) -> list[Written]:
+    """Every measurement of every run in a store: for a look whether one is missing, or there twice.
+
+    Raises:
+        RunError: MLflow does not answer.
+    """
+    client = MlflowClient(uri)
+    with asked(uri, "give all that it has"):
+        runs = search_runs(client, [experiment.experiment_id for experiment in client.search_experiments()])
+        return [
+            Written(
+                run.info.run_id,
+                run.info.run_name or "",
+                run.info.status,
+                [
+                    (metric, point.step, point.value)
+                    for metric in run.data.metrics
+                    for point in client.get_metric_history(run.info.run_id, metric)
+                ],
+            )
+            for run in runs
+        ]
 
 
 def read_children(uri: str, parent_id: str, metrics: Sequence[str] | None = None) -> list[RunRecord]:
@@ -100,7 +134,7 @@ def read_sweep(uri: str, name_or_id: str) -> Sweep:
     with asked(uri, f"give sweep {name_or_id}"):
         parent = _record(client, found, None)
     description = read_text(uri, parent.run_id, "sweep.yaml")
-    described = yaml.safe_load(description or "") or {}
+    described = read_yaml(description, f"sweep.yaml of {parent.run_id}").value if description else {}
     metric = str(described.get("metric", "accuracy/validation"))
     mode = str(described.get("mode", "max" if better_is_more(metric) else "min"))
     return Sweep(parent, read_children(uri, parent.run_id), metric, mode, description)

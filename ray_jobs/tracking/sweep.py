@@ -13,7 +13,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from ray_jobs.config import RunConfig, dump_yaml
 from ray_jobs.errors import ConfigError, RunError
-from ray_jobs.tracking.server import asked, experiment, quiet, search_runs
+from ray_jobs.redaction import redacted
+from ray_jobs.tracking.server import asked, experiment, open_store, quiet, search_runs
 from ray_jobs.tracking.tracker import Tracker, parameters
 
 MAX_PARAM = 6000  # MLflow's limit of a parameter's length
@@ -31,9 +32,11 @@ class Child:
     text: str | None
 
     @classmethod
-    def of(cls, config: RunConfig, tags: Mapping[str, str]) -> Child:
-        """As a single run of this description has it."""
+    def of(cls, config: RunConfig, tags: Mapping[str, str], run: str | None) -> Child:
+        """As a single run of this description has it. run: which of the sweep's base runs, where it has several."""
         params = {key: str(value) for key, value in parameters(config).items()}
+        if run is not None:
+            params["run"] = run
         tags = {**tags, "mlflow.note.content": config.description, **config.tracking.tags}
         return cls(config.name, params, tags, dump_yaml(config))
 
@@ -53,6 +56,7 @@ class SweepTracker:
     @classmethod
     def start(cls, uri: str, runs: Path, experiment_name: str, name: str, tags: Mapping[str, str]) -> SweepTracker:
         """A new parent."""
+        open_store(uri)
         client = MlflowClient(uri)
         with asked(uri, "start a sweep"):
             found = experiment(client, experiment_name, runs if uri.startswith("sqlite:") else None)
@@ -121,12 +125,17 @@ class SweepTracker:
             for path in files:
                 self._client.log_artifact(self.run_id, str(path))
             for name, text in texts.items():
-                self._client.log_text(self.run_id, text, name)
+                self._client.log_text(self.run_id, redacted(text), name)
 
     def finish(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
         with asked(self.uri, f"end run {self.run_id} as {status}"):
             self._client.set_terminated(self.run_id, status)
+
+    def status(self) -> str:
+        """How MLflow says that the sweep stands."""
+        with asked(self.uri, f"give run {self.run_id}"):
+            return str(self._client.get_run(self.run_id).info.status)
 
     def tags_of(self, run_id: str) -> Mapping[str, str]:
         """A child's tags."""

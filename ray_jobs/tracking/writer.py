@@ -8,22 +8,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage
-from mlflow.exceptions import MlflowException
-
 from ray_jobs.errors import RunError, first_line
-from ray_jobs.tracking.server import asked
+from ray_jobs.journal import Event
+from ray_jobs.tracking.outbox import Outbox
+from ray_jobs.tracking.server import is_deleted, is_refusal
 from ray_jobs.tracking.tracker import Metrics, Tracker
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 5.0
-PATIENCE_SECONDS = 30.0
-REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's words for what it will not take however often it is asked; all others may pass."""
+PATIENCE_SECONDS = 15.0
+INTERRUPTED_PATIENCE = 5.0  # of Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -40,44 +38,104 @@ class Writer:
 
     A run that somebody deleted is said once, and nothing more is told of it; neither is what MLflow refuses.
 
+    What is told of a run is in its journal first (`Outbox`): what cannot be told before this process ends is told by
+    the next that opens it.
+
     Args:
+        folder: of the run, or of the sweep whose trials are told of; held by this process.
         say: takes a line for the person at the terminal.
+        finished: as `Outbox` has it.
     """
 
-    def __init__(self, uri: str, say: Callable[[str], None]) -> None:
-        self._uri, self._say = uri, say
+    def __init__(
+        self,
+        uri: str,
+        folder: Path,
+        say: Callable[[str], None],
+        finished: Callable[[Tracker], None] | None = None,
+    ) -> None:
+        self._uri, self._folder, self._say, self._finished = uri, folder, say, finished
+        self._outboxes: dict[str, Outbox] = {}
+        self._opening = threading.Lock()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._deadline = float("inf")
         self._deleted: set[str] = set()
-        self._said_away = False
+        self._said_away = self._said_full = False
         self._given_up: str | None = None  # what MLflow was last heard of
         self._lost: list[str] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def epoch(self, run_id: str, metrics: Metrics) -> None:
-        """One epoch of a run. Returns at once."""
-        self.ask(run_id, lambda: Tracker(self._uri, run_id).log_epoch(metrics))
+        """One epoch of a run, unless it was told before. Returns when it is in the journal.
+
+        Where the disk is full, that is said once, and `end` tells the epoch from the run's history.
+        """
+        outbox = self._outbox(run_id)
+        try:
+            outbox.add_epoch(metrics)
+        except RunError as error:
+            if not self._said_full:
+                self._say(f"{error}; epochs that are missing there are told at the end")
+            self._said_full = True
+            return
+        self._said_full = False
+        self.deliver(run_id)
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Adds tags. Returns at once."""
-        self.ask(run_id, lambda: Tracker(self._uri, run_id).set_tags(dict(tags)))
+        """Adds tags. Returns when they are in the journal."""
+        self._outbox(run_id).add_tags(tags)
+        self.deliver(run_id)
 
     def reopen(self, run_id: str) -> None:
-        """RUNNING again. Returns at once."""
-        self.ask(run_id, lambda: Tracker.resume(self._uri, run_id))
+        """RUNNING, from the beginning or again. Returns when that is in the journal."""
+        self._outbox(run_id).add_status("RUNNING")
+        self.deliver(run_id)
 
-    def end(self, run_id: str, status: str, tags: Mapping[str, str], history: Sequence[Metrics]) -> None:
-        """A run's end; epochs of its history that MLflow lacks are filled in. Returns at once."""
+    def end(
+        self,
+        run_id: str,
+        status: str,
+        tags: Mapping[str, str],
+        history: Sequence[Metrics],
+        time_ms: int | None = None,
+    ) -> None:
+        """A run's end, with the epochs of its history that were not told. Returns when that is in the journal."""
+        outbox = self._outbox(run_id)
+        for metrics in history:
+            outbox.add_epoch(metrics)
+        if tags:
+            outbox.add_tags(tags)
+        outbox.add_status(status, time_ms)
+        self.deliver(run_id)
 
-        def told() -> None:
-            tracker = Tracker(self._uri, run_id)
-            tracker.reconcile(history)
-            tracker.set_tags(dict(tags))
-            tracker.finish(status)
+    def deliver(self, run_id: str) -> None:
+        """What is in a run's journal and MLflow was not told. Returns at once."""
+        self.ask(run_id, self._outbox(run_id).deliver)
 
-        self.ask(run_id, told)
+    def status(self, run_id: str) -> str | None:
+        """How a run stands, by its journal."""
+        return self._outbox(run_id).status
+
+    def newest_ms(self, run_id: str) -> int:
+        """When something of a run was journalled last."""
+        return self._outbox(run_id).newest_ms
+
+    def untold(self, run_id: str) -> list[Event]:
+        """What of a run's journal MLflow was not told."""
+        return self._outbox(run_id).untold
+
+    @property
+    def is_away(self) -> bool:
+        """`close` waited in vain: MLflow does not answer, and nothing else is wrong."""
+        return self._given_up is not None and set(self._lost) == {self._given_up}
+
+    def _outbox(self, run_id: str) -> Outbox:
+        with self._opening:
+            if run_id not in self._outboxes:
+                self._outboxes[run_id] = Outbox(self._folder, self._uri, run_id, self._say, self._finished)
+            return self._outboxes[run_id]
 
     def ask(self, run_id: str | None, task: Callable[[], T]) -> Future[T]:
         """Anything else, of a run if it exists already. Returns at once; what the task raised in the end is in it."""
@@ -150,24 +208,3 @@ class Writer:
             time.sleep(min(1.0, RETRY_SECONDS))
         else:
             self._given_up = str(error)
-
-
-def is_refusal(error: RunError) -> bool:
-    """Whether MLflow answered, and would answer the same again."""
-    return isinstance(error.__cause__, MlflowException) and error.__cause__.error_code in REFUSALS
-
-
-def is_deleted(uri: str, run_id: str) -> bool:
-    """Whether a run is not, or no more, in MLflow.
-
-    Raises:
-        RunError: MLflow does not answer.
-    """
-    try:
-        with asked(uri, f"give run {run_id}"):
-            stage: str = MlflowClient(uri).get_run(run_id).info.lifecycle_stage
-    except RunError as error:
-        if is_refusal(error):
-            return True
-        raise
-    return stage == LifecycleStage.DELETED

@@ -313,7 +313,7 @@ def test_bench_prints_and_writes(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--model", "mlq"], "there is no model 'mlq': choose mlp, convnet, resnet18 or torchvision/NAME"),
+        (["--model", "mlq"], "there is no model 'mlq': choose mlp, convnet, resnet18, torchvision/NAME or a function"),
         (["--model", "torchvision/resnet51"], "torchvision/resnet50"),
         (["--batch", "9", "--workers", "2"], "a batch of 9 cannot be shared by 2 workers: choose a multiple of 2"),
         (["--batch", "1"], "a batch of 1 cannot be shared by 1 workers"),

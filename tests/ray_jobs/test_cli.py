@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_ui_without_runs_says_what_to_do(
     assert "does not exist: train a run first" in capsys.readouterr().err
 
 
+def test_ui_listens_on_loopback_and_checks_who_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
+    (tmp_path / "mlflow.db").touch()
+    became: list[str] = []
+    monkeypatch.setattr("os.execve", lambda program, command, environment: became.extend(command))
+    cli.main(["ui", "--port", "50123"])
+    settings = dict(pairwise(became))
+    assert (settings["--host"], settings["--allowed-hosts"]) == ("127.0.0.1", "127.0.0.1:50123,localhost:50123")
+
+
 def test_a_port_beyond_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["ui", "--port", "70000"])
@@ -84,6 +97,7 @@ def test_help_needs_neither_torch_nor_ray_nor_mlflow(command: list[str]) -> None
     """The help of a program that takes seconds to appear is not read."""
     code = f"""
 import sys
+from itertools import pairwise
 from ray_jobs import cli
 try:
     cli.main({command!r})
@@ -100,6 +114,7 @@ print([name for name in ("torch", "ray", "mlflow") if name in sys.modules])
 def test_without_the_service_extra_the_command_names_it(missing: str) -> None:
     code = f"""
 import sys
+from itertools import pairwise
 sys.modules[{missing!r}] = None
 from ray_jobs import cli
 sys.exit(cli.main(["recipes"]))
@@ -112,9 +127,21 @@ sys.exit(cli.main(["recipes"]))
 def test_the_library_imports_torch_alone() -> None:
     code = """
 import sys
+from itertools import pairwise
 import phisam
 others = ("ray", "mlflow", "pydantic", "yaml", "rich", "torchvision", "ray_jobs")
 print([name for name in others if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """`phisam sweep ... --dry-run | head -1`: of 144 lines and more."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "recipes", "mnist5k-frob"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -218,4 +218,13 @@ def test_the_commands(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     page = (home / "small-sweep.html").read_text(encoding="utf-8")
     assert "8 trials (7 finished, 1 stopped)" in page
     assert SWEEP_YAML.splitlines()[0] in page
+    assert cli.main(["report", "small/sweep", "--folder", "reports"]) == 0
+    shared = (home / "reports" / "small-sweep.html").read_text(encoding="utf-8")
+    assert '<script src="plotly.min.js"></script>' in shared
+    assert len(shared) < len(page) / 20
+    assert (home / "reports" / "plotly.min.js").read_text(encoding="utf-8") in page
+    assert cli.main(["report", "small/sweep", "none", "--folder", "others"]) == 1
+    assert not (home / "others").exists()
+    assert cli.main(["report", "small/sweep", "another"]) == 2
+    assert "name their folder with --folder" in capsys.readouterr().err
     assert cli.main(["report", "small/sweep", "--output", str(home / "no" / "folder.html")]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ RECIPES = [
     "mnist5k-sgd",
     "mnist5k-ssam",
     "mnist5k-trace",
+    "start-here",
 ]
 
 DESCRIPTION = """\
@@ -120,6 +122,24 @@ MISTAKES = {
         ("measure: frobenius", "measure: frobenius\n  noise: {name: gaussian, antithetic: true}"),
         "run.yaml:12: optimizer.n_samples: ",
         ["even", "v, -v", "3", "4"],
+    ),
+    "too few early draws for frobenius": (
+        ("n_samples: 3", "n_samples: 3\n  n_early: 1"),
+        "run.yaml:12: optimizer.n_early: ",
+        ["2 or more", "not 1", "unbiased"],
+    ),
+    "half an early pair": (
+        (
+            "measure: frobenius\n  rho: 0.03\n  n_samples: 3",
+            "measure: trace\n  n_early: 3\n  n_samples: 4\n  noise: {name: gaussian, antithetic: true}",
+        ),
+        "run.yaml:10: optimizer.n_early: ",
+        ["even", "v, -v", "3", "4"],
+    ),
+    "early draws of what draws nothing": (
+        ("measure: frobenius", "measure: sam\n  n_early: 1"),
+        "run.yaml:10: optimizer.n_early: ",
+        ["null", "sam", "draws nothing"],
     ),
     "one pair for frobenius": (
         (
@@ -407,9 +427,10 @@ def test_config_imports_neither_torch_nor_ray_nor_mlflow() -> None:
     )
 
 
-def test_a_password_is_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize("uri", ["postgresql://u:hunter2@h/db", "https://hunter2@host/", r"https://hunter2\@host"])
+def test_a_password_is_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.load("digits-sgd", ["tracking.uri=postgresql://u:hunter2@h/db"])
+        config.load("digits-sgd", [f"tracking.uri={uri}"])
     assert "must not carry a password" in str(caught.value)
     assert "optimizer" not in str(caught.value)
     assert config.load("digits-sgd", ["tracking.uri=http://127.0.0.1:5000"]).tracking.uri == "http://127.0.0.1:5000"
@@ -419,3 +440,38 @@ def test_a_password_is_refused_and_not_repeated() -> None:
 def test_a_rho_whose_square_is_no_number(rho: str) -> None:
     with pytest.raises(ConfigError, match="must be between 1e-100 and 1e100"):
         config.load("digits-frob", [f"optimizer.rho={rho}"])
+
+
+@pytest.mark.parametrize("name", ["a/../b", "a/..", "a/", "a//b", "/a", "../a", "a/.b", "a\nb", "a\n"])
+def test_a_name_that_leads_out_of_its_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="name: must be text such as"):
+        config.changed(config.load("digits-sgd"), [f"name={json.dumps(name)}"])
+    assert config.changed(config.load("digits-sgd"), ["name=a.b/c_1/-d"]).name == "a.b/c_1/-d"
+
+
+def test_a_range_of_workers_and_a_number_of_them() -> None:
+    assert list(config.load("digits-frob", ["scaling.num_workers=3"]).scaling.sizes) == [3]
+    elastic = config.load("digits-frob", ["scaling.num_workers={min: 2, max: 4}"])
+    assert (list(elastic.scaling.sizes), elastic.scaling.most_workers) == ([2, 3, 4], 4)
+    assert config.from_dict(elastic.model_dump(mode="json")) == elastic
+    assert elastic.flat()["scaling.num_workers.max"] == 4
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"),
+    [
+        ("0", r"scaling\.num_workers: must be an integer >= 1, or a range such as \{min: 1, max: 4\}, not 0"),
+        ("true", r"num_workers: must be an integer >= 1, .*, not true"),
+        ("{min: 3, max: 2}", r"num_workers\.max: must be at least min = 3, not 2"),
+        ("{min: 0, max: 2}", r"num_workers\.min: must be an integer >= 1, not 0"),
+        ("{min: 1, most: 2}", r"num_workers\.most: unknown key \(value 2\).*Allowed: min, max"),
+    ],
+)
+def test_workers_that_cannot_be(workers: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        config.load("digits-frob", [f"scaling.num_workers={workers}"])
+
+
+def test_sample_ranks_divide_every_number_of_workers() -> None:
+    with pytest.raises(ConfigError, match=r"must divide scaling\.num_workers = 3"):
+        config.load("digits-frob", ["scaling.num_workers={min: 2, max: 4}", "optimizer.sample_parallel=2"])

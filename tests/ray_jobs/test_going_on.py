@@ -13,12 +13,14 @@ from ray_jobs.sweep import begun as sweeps
 from ray_jobs.sweep.config import dump_sweep, load_sweep
 from ray_jobs.sweep.journal import DESCRIPTION, JOURNAL
 from ray_jobs.tracking import Tracker, tracking_uri
+from tests.ray_jobs.store import put_store
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_store(tmp_path / "mlflow.db")
     return tmp_path
 
 

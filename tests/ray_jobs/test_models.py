@@ -16,6 +16,7 @@ from ray_jobs.models import make_model
 CASES = {
     "mlp": (1, 28, 28),
     "convnet": (1, 8, 8),
+    "transformer": (1, 28, 28),
     "resnet18": (1, 28, 28),
     "torchvision/mobilenet_v3_small": (3, 32, 32),
     "torchvision/googlenet": (3, 64, 64),
@@ -77,6 +78,29 @@ def test_resnet18_has_its_cifar_form(channels: int) -> None:
     assert sizes == [(2, 64, 32, 32)], "neither the stem nor a max-pooling makes the image smaller"
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 30), (1, 5, 7)])
+def test_the_transformer_sees_every_pixel_of_images_of_any_size(shape: tuple[int, int, int]) -> None:
+    """Patches cover the image, padded where its sides are no multiple of four; 16 tokens whatever its size is."""
+    model = make("transformer", shape)
+    image = torch.zeros(1, *shape, requires_grad=True)
+    model(image)[0, 0].backward()
+    assert image.grad is not None
+    assert bool((image.grad != 0).all())
+    assert tuple(model.get_parameter("position").shape) == (16, 32)
+
+
+def test_the_transformer_knows_where_a_patch_is() -> None:
+    model, images = make("transformer", (1, 8, 8)), torch.zeros(2, 1, 8, 8)
+    images[0, :, :2, :2] = images[1, :, 4:6, 6:] = 1
+    with torch.no_grad():
+        model.get_parameter("position").mul_(50)
+        here, there = model(images)
+        assert not torch.allclose(here, there, atol=1e-4)
+        model.get_parameter("position").zero_()
+        here, there = model(images)
+        torch.testing.assert_close(here, there)
+
+
 def test_convnet_learns_digits_on_a_cpu() -> None:
     loaded = load_dataset(DataConfig(name="digits"), seed=0)
     normalize = loaded.normalizer()
@@ -104,7 +128,9 @@ def test_convnet_learns_digits_on_a_cpu() -> None:
     ],
 )
 def test_an_unknown_name(name: str, guess: str | None) -> None:
-    expected = f"Did you mean .*{guess}" if guess else "Allowed: mlp, convnet, resnet18, and torchvision/NAME"
+    expected = (
+        f"Did you mean .*{guess}" if guess else "Allowed: mlp, convnet, transformer, resnet18, and torchvision/NAME"
+    )
     with pytest.raises(ConfigError, match=rf"model\.name = {name} is not known\..*{expected}"):
         make(name, (3, 32, 32))
 

@@ -26,6 +26,9 @@ def metrics(epoch: int, accuracy: float = 0.5) -> dict[str, Any]:
         "sharpness": 3.1,
         "gradient_evaluations": 4 * epoch,
         "skipped_steps": 0,
+        "restarts": 0,
+        "wasted_steps": 0,
+        "checkpoint_seconds": 0.25,
     }
 
 

@@ -14,6 +14,8 @@ import plotly.graph_objects
 import pytest
 
 from ray_jobs.report import content, page, plots, space_plots, summary_plots, tables
+from ray_jobs.report.page import _width
+from ray_jobs.results import settings
 from tests.ray_jobs import synthetic
 
 METRIC = "accuracy/validation"
@@ -145,6 +147,18 @@ def test_methods_are_measures_at_each_n_and_their_best_settings(large: str) -> N
     assert [method.label for method in content.methods(synthetic.grid(), METRIC, "max")][-1] == "determinant"
 
 
+def test_methods_are_the_base_runs_where_a_sweep_has_several() -> None:
+    """Two of them have one measure, and more than a plot has lines: the best are shown."""
+    records = []
+    for number in range(content.SERIES + 2):
+        run = synthetic.run("trace" if number % 2 else "sam", rho=0.01 * (1 + number), index=number, lift=0.01 * number)
+        records.append(dataclasses.replace(run, params={**run.params, "run": f"run-{number}"}))
+    found = content.methods(records, METRIC, "max")
+    assert len(found) == content.SERIES
+    assert {method.label for method in found} >= {f"run-{content.SERIES}", f"run-{content.SERIES + 1}"}
+    assert [setting.label for setting in settings(records)] == [f"run-{number}" for number in range(content.SERIES + 2)]
+
+
 def test_the_winner_is_the_one_that_the_sweep_chose() -> None:
     records = synthetic.grid()
     told = dataclasses.replace(synthetic.parent(), tags={"phisam.winner": records[0].run_id})
@@ -153,6 +167,11 @@ def test_the_winner_is_the_one_that_the_sweep_chose() -> None:
     assert chosen is not None
     assert own_choice is not None
     assert (chosen.measure, own_choice.measure) == ("sgd", "trace")
+    cards = tables.winner(chosen, METRIC, 5), tables.winner(own_choice, METRIC, 5)
+    assert [card and card["where"] for card in cards] == [
+        "5 seeds",
+        "rho = 0.03, lam = 0.001, n = 2, strength = 9e-07; 5 seeds",
+    ]
     both = dataclasses.replace(told, tags={"phisam.winner": f"other,{records[0].run_id}"})  # one on each data set
     assert content.winner(both, records, METRIC, "max") == chosen
 
@@ -230,3 +249,84 @@ def expected() -> Iterator[str]:
     for kind in ("curves", "methods"):
         for data in ("mnist5k", "fashion-mnist"):
             yield from (f"{kind}-{data}.png", f"{kind}-{data}.svg")
+
+
+def test_methods_are_compared_first_at_equal_shares_of_what_the_sweep_dealt_out() -> None:
+    records = synthetic.grid(range(2))
+    for resource, first in (("epochs", "epochs"), ("gradient_evaluations", "gradient evaluations")):
+        parent = dataclasses.replace(synthetic.parent(), params={"resource": resource})
+        text = page(parent, records, METRIC, "max")
+        assert re.findall(r'value="table-0-\w+" checked><label[^>]*>equal ([\w ]+)<', text) == [first]
+
+
+def test_what_a_measure_always_has_is_told_by_the_measure() -> None:
+    records = [
+        dataclasses.replace(run, params={**run.params, "eta": eta, "lr": lr})
+        for run, eta, lr in zip(synthetic.grid(range(2)), "aabbccddee", "1212121212", strict=True)
+    ]
+    keys = content.trial_parameters(records)
+    assert "lr" in keys
+    assert "lam" in keys  # though each measure has one here
+    assert "eta" not in keys
+
+
+def test_every_line_is_named_inside_of_its_axis() -> None:
+    """Plotly leaves out a name that lies beyond the axis by a rounding."""
+    for case in range(20):
+        measures = "abcdefgh"[: content.SERIES]  # so many that end alike push each other up to the axis's end
+        records = [synthetic.run(name, lift=case / 700) for name in measures]
+        drawn = plots.curves(content.methods(records, METRIC, "max"), METRIC, "seconds")
+        low, high = drawn["layout"]["yaxis"]["range"]
+        names = drawn["layout"]["annotations"]
+        assert sorted(name["text"] for name in names) == list(measures)
+        assert all(low <= name["y"] <= high for name in names)
+
+
+def test_metrics_have_names_that_people_say() -> None:
+    names = ["accuracy/test", "loss/early_validation", "hessian/trace", "sharpness", "ece/test"]
+    said = ["test accuracy", "early-stopped validation loss", "Hessian: trace", "R_rho", "ece/test"]
+    assert list(map(plots.title, names)) == said
+
+
+def test_a_map_of_many_digits_has_short_names_and_none_twice() -> None:
+    def columns(*rhos: float) -> list[str]:
+        records = [synthetic.run(rho=rho, lam=lam) for rho in rhos for lam in (1e-3, 1e-2)]
+        (drawn,) = space_plots.maps(records, METRIC, "max")
+        names: list[str] = drawn.figure["data"][0]["x"]
+        return names
+
+    assert columns(0.0257733, 0.0692128) == ["0.0258", "0.0692"]
+    assert columns(0.0257733, 0.0257744) == ["0.0257733", "0.0257744"]
+
+
+def test_the_axes_are_those_that_differ_most_and_the_base_optimizer_has_no_rho() -> None:
+    records = [
+        dataclasses.replace(run, params={**run.params, "a": str(i % 2), "b": str(i), "c": str(i % 3)})
+        for i, run in enumerate(synthetic.grid(range(2)))
+    ]
+    keys = ["measure", "rho", "lam", "n_samples", "a", "b", "c"]
+    assert content.most_varied(records, keys, 6) == ["measure", "rho", "lam", "n_samples", "b", "c"]
+    assert [content.parameter(records[0], key) for key in ("measure", "rho", "b")] == ["sgd", None, "0"]
+    head, _, rows = tables.trials(records, METRIC)
+    assert [rows[i][head.index("lam")].text for i in (0, 2)] == ["-", "0.001"]
+
+
+def test_a_short_logarithmic_axis_has_three_ticks_and_a_long_one_its_decades() -> None:
+    assert plots.log_axis([0.0161, 0.02, 0.0289])["tickvals"] == [0.016, 0.022, 0.029]
+    assert plots.log_axis([0.1, 0.1])["tickvals"] == [0.1]
+    assert [plots.log_axis([1e-3, high])["dtick"] for high in (0.02, 0.1, 1e8)] == ["D2", 1, 2]
+
+
+def test_names_of_neighbouring_axes_have_room() -> None:
+    records = [synthetic.run(lam=lam) for lam in (1e-3, 1e-2, 1e-1)]
+    text = page(synthetic.parent(), records, "loss/early_validation", "min")
+    assert 'id="parallel-0"' not in text  # nobody reports it
+    widths = []
+    for metric in ("loss/train", "accuracy/validation"):
+        text = page(synthetic.parent(), records, metric, "max")
+        widths += re.findall(r'id="parallel-0" style="min-width:(\d+)px"', text)
+    assert widths == [str(2 * 96), str(2 * 96)]
+    figure = space_plots.parallel(records, ["lam", "n_samples"], "accuracy/validation", "max")
+    assert figure is not None
+    figure["data"][0]["dimensions"][0]["label"] = "a_very_long_name_of_a_setting"
+    assert _width(figure) == 3 * 8 * (29 + 1) // 2

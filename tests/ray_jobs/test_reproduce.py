@@ -17,6 +17,7 @@ from ray_jobs.figures import figure1, reproduce
 from ray_jobs.paths import runs_folder
 from ray_jobs.tracking import Tracker, tracking_uri
 from ray_jobs.tracking.made import made_from
+from tests.ray_jobs.store import put_store
 
 EPOCHS = 2
 
@@ -54,13 +55,14 @@ class Trainer:
     def resume(self, run_id: str, console: Console) -> None:
         self.resumed.append(run_id)
         config = figure1.description(figure1.settings((1e-6,))[3], "mnist5k", 0, (), False)
-        self.finish(Tracker.resume(tracking_uri(config.tracking, runs_folder()), run_id), config)
+        self.finish(Tracker(tracking_uri(config.tracking, runs_folder()), run_id), config)
 
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     monkeypatch.setenv("PHISAM_HOME", str(tmp_path / "runs"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_store(tmp_path / "runs" / "mlflow.db")
     fake = Trainer()
     for name in ("train", "resume", "unfinished"):
         monkeypatch.setattr(train, name, getattr(fake, name))

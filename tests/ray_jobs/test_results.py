@@ -148,6 +148,7 @@ def test_the_common_budget_is_that_of_the_finished_run_with_least() -> None:
 def test_settings_are_chosen_on_validation_data() -> None:
     assert results.selection_metric("accuracy/test") == "accuracy/validation"
     assert results.selection_metric("loss/test") == "loss/validation"
+    assert results.selection_metric("accuracy/early_test") == "accuracy/early_validation"
     assert results.selection_metric("sharpness") == "accuracy/validation"
     assert isinstance(Setting({}, "x", ()).measure, str)
     assert Interval(1.0, 0.5, 1.5, 3).half_width == 0.5

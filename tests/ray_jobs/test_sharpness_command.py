@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import pickle
 import re
 import shutil
@@ -177,11 +177,56 @@ def test_nothing_in_a_file_is_executed(home: Home, capsys: pytest.CaptureFixture
     folder = Path("checkpoint")
     folder.mkdir()
     shutil.copy("weights.pt", folder / "state.pt")
+    digest = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  state.pt\n")
     for path in ("weights.pt", "plain.pt", "checkpoint"):
         assert cli.main(["sharpness", path, "--run", home.description]) == 1
         told = "the checkpoint cannot be read" if path == "checkpoint" else "holds more than tensors"
         assert told in capsys.readouterr().err
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("command", ["sharpness", "landscape"])
+def test_a_function_that_only_mlflow_names_is_not_called(
+    home: Home, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("theirs_here.py").write_text(
+        "from pathlib import Path\nimport phisam\n"
+        "def mine(path):\n    Path(path).touch()\n    return phisam.frobenius()\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    text = DESCRIPTION.replace("measure: frobenius", "measure: {name: 'theirs_here:mine', options: {path: called}}")
+    Path("run.yaml").write_text(text)
+    MlflowClient(home.uri).log_artifact(home.run_id, "run.yaml")
+    asked = [command, home.run_id, "--examples", "20"]
+    asked += ["--measures", "measure", "--probes", "3"] if command == "sharpness" else ["--points", "3"]
+    folder = home.path / home.run_id
+    before = (folder / "run.yaml").read_text()
+    try:
+        assert cli.main(asked) == 2
+        assert "theirs_here:mine is your own function, or somebody else's" in capsys.readouterr().err
+        artifacts = MlflowClient(home.uri).get_run(home.run_id).info.artifact_uri.removeprefix("file://")
+        for elsewhere in (str(Path.cwd()), artifacts):
+            assert Path(elsewhere, "run.yaml").exists()
+            MlflowClient(home.uri).set_tag(home.run_id, "phisam.folder", elsewhere)
+            assert cli.main(asked) == 2, "MLflow's tag names a folder that is none of ours"
+        (folder / "run.yaml").write_text(text.replace("path: called", "path: other"))
+        assert cli.main(asked) == 2, "with other options"
+        assert not Path("called").exists()
+        assert cli.main([*asked, "--run", "run.yaml"]) == 0, "read by the user"
+        trial = home.path / "sweep" / "trial_0"
+        trial.mkdir(parents=True)
+        (trial / "run.yaml").write_text(text)
+        MlflowClient(home.uri).set_tag(home.run_id, "phisam.folder", str(trial))
+        assert cli.main(asked) == 0, "the user's own trial"
+        (folder / "run.yaml").write_text(text)
+        MlflowClient(home.uri).delete_tag(home.run_id, "phisam.folder")
+        assert cli.main(asked) == 0, "the user's own run"
+        assert Path("called").exists() == (command == "sharpness")
+    finally:
+        (folder / "run.yaml").write_text(before)
+        MlflowClient(home.uri).log_artifact(home.run_id, str(folder / "run.yaml"))
+        shutil.rmtree(home.path / "sweep", ignore_errors=True)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +256,19 @@ def test_mistakes_are_told(
     assert told in capsys.readouterr().err
 
 
-def test_two_workers_measure_as_one_does(home: Home) -> None:
-    """On Ray, as a user starts it."""
-    arguments = [home.run_id, "--measures", "frobenius_squared,top_eigenvalues", *CHEAP]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    for workers in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-m", "ray_jobs.cli", "sharpness", *arguments, "--num-workers", workers],
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"on {workers} worker(s)" in done.stdout
+def test_two_workers_measure_as_one_does(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two on Ray, as a user starts it."""
+    arguments = ["sharpness", home.run_id, "--measures", "frobenius_squared,top_eigenvalues", *CHEAP]
+    assert cli.main(arguments) == 0
+    assert "on 1 worker(s)" in capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.cli", *arguments, "--num-workers", "2"],
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 worker(s)" in done.stdout
     (_, one), (_, two) = home.logged("hessian/frobenius_squared")[-2:]
     assert two == pytest.approx(one, rel=1e-10)
     (_, one), (_, two) = home.logged("hessian/top_eigenvalue")[-2:]

@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import shutil
 import time as worker_time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import ray.train
-import ray.train.torch
 import torch
-import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from phisam import sharpness
-from ray_jobs import checkpoint, config, train, worker
+from ray_jobs import checkpoint, checkpoints, config, saving, train, worker
 from ray_jobs.data import load_dataset
 from ray_jobs.errors import ConfigError
 from ray_jobs.models import make_model
 from ray_jobs.sharpness import training
 from ray_jobs.sharpness.measuring import check_measurable, measured, measuring_batches
 from tests.phisam import gloo
+from tests.ray_jobs import loop
 
 MEASURES = ["frobenius_squared", "trace", "measure", "top_eigenvalues", "log_determinant", "ggn_log_determinant"]
 MEASURED = {"measures": MEASURES, "probes": 6, "lanczos_probes": 2, "examples": 24, "every": 2, "delta": [0.01]}
@@ -47,44 +43,20 @@ def described(measuring: dict[str, Any] | None, **sections: Any) -> config.RunCo
     return config.RunConfig.model_validate(run)
 
 
-class Silent:
-    """A board that nobody reads; it keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-        self.tell = self.tell_event = self
-
-    def remote(self, *event: Any, **_: Any) -> None:
-        self.events += event
-
-
-def trained(run: config.RunConfig, folder: str, start_epoch: int | None, rank: int) -> dict[str, Any]:
-    """The loop on this gloo process: its history and last weights. Rank 0 keeps the checkpoint of each epoch."""
-    reported: list[dict[str, float]] = []
-    board = Silent()
-
-    def report(metrics: dict[str, float], checkpoint: ray.train.Checkpoint | None) -> None:
-        reported.append(metrics)
-        if checkpoint is not None:
-            shutil.copytree(checkpoint.path, Path(folder) / str(metrics["epoch"]))
-
-    start = None if start_epoch is None else ray.train.Checkpoint(str(Path(folder) / str(start_epoch)))
-    with (
-        mock.patch.object(ray.train, "report", report),
-        mock.patch.object(ray.train, "get_checkpoint", return_value=start),
-        mock.patch.object(ray.train.torch, "get_device", return_value=torch.device("cpu")),
-    ):
-        worker.train_loop({"config": run.model_dump(mode="json"), "board": board})
-    newest = Path(folder) / str(run.training.epochs)
+def trained(run: config.RunConfig, folder: str, rank: int) -> dict[str, Any]:
+    """The loop on this gloo process: what it reported, its last weights, and what a person was told."""
+    reported, told = loop.trained(run, Path(folder))
+    newest = checkpoints.newest(Path(folder))
+    assert newest is not None
     state = checkpoint.load(newest)["model"] if rank == 0 else {}
-    return {"reported": reported, "model": state, "warnings": list(board.events)}
+    return {"reported": reported, "model": state, "warnings": told}
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """A run with `sharpness` on two processes, and its checkpoints."""
     folder = tmp_path_factory.mktemp("measured")
-    ranks = gloo.run(2, partial(trained, described(MEASURED), str(folder), None))
+    ranks = gloo.run(2, partial(trained, described(MEASURED), str(folder)))
     return ranks[0], folder
 
 
@@ -121,25 +93,14 @@ def test_the_time_that_measuring_takes_is_not_training_time(tmp_path: Path, monk
         offset += 1000
         return measured(*arguments, **named)
 
-    monkeypatch.setattr(worker, "time", Clock())
+    monkeypatch.setattr(saving, "time", Clock())
     monkeypatch.setattr(training, "time", Clock())
     monkeypatch.setattr(training, "measured", slow)
     run = described({"measures": ["trace"], "probes": 3, "examples": 8})
-    with alone():
-        reported = trained(run, str(tmp_path), None, 0)["reported"]
+    with loop.alone():
+        reported = trained(run, str(tmp_path), 0)["reported"]
     assert all(metrics["sharpness_seconds"] >= 1000 for metrics in reported)
     assert reported[-1]["seconds"] < 1000
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("model", [{"name": "mlp", "width": 4, "depth": 2}, {"name": "convnet"}])
@@ -149,9 +110,9 @@ def test_measuring_does_not_change_the_training(model: dict[str, Any], tmp_path:
     cheap = {"measures": ["frobenius_squared", "trace", "measure"], "probes": 3, "examples": 16}
     for measuring in (None, cheap):
         folder = tmp_path / str(measuring is None)
-        with alone():
+        with loop.alone():
             torch.manual_seed(3)
-            found = trained(described(measuring, model=model, training={"epochs": 2}), str(folder), None, 0)
+            found = trained(described(measuring, model=model, training={"epochs": 2}), str(folder), 0)
         results.append((found, torch.get_rng_state()))
     (without, state), (measured_too, state_too) = results
     assert torch.equal(state, state_too)
@@ -166,10 +127,11 @@ def test_measuring_does_not_change_the_training(model: dict[str, Any], tmp_path:
 
 def test_a_resumed_run_measures_the_same_bit_for_bit(on_two: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     undisturbed, folder = on_two
-    shutil.copytree(folder / "2", tmp_path / "2")
-    resumed = gloo.run(2, partial(trained, described(MEASURED), str(tmp_path), 2))[0]
+    second, third = checkpoints.present(folder)
+    shutil.copytree(second, tmp_path / second.name)
+    resumed = gloo.run(2, partial(trained, described(MEASURED), str(tmp_path)))[0]
     assert hessian_of(resumed["reported"][-1]) == hessian_of(undisturbed["reported"][-1])
-    history = checkpoint.load_history(tmp_path / "3")
+    history = checkpoint.load_history(tmp_path / third.name)
     assert [hessian_of(metrics) for metrics in history] == [hessian_of(metrics) for metrics in undisturbed["reported"]]
 
 
@@ -178,7 +140,7 @@ def test_one_process_measures_a_checkpoint_as_two_did_in_training(on_two: tuple[
     found, folder = on_two
     dataset = load_dataset(run.data, 0)
     model = make_model(run.model, dataset.input_shape, dataset.num_classes, 0)
-    model.load_state_dict(checkpoint.load(folder / "3")["model"])
+    model.load_state_dict(checkpoint.load(checkpoints.present(folder)[-1])["model"])
     assert run.sharpness is not None
     batches = measuring_batches(dataset, run.sharpness.examples, 0)
     again = measured(model, batches, run.sharpness, worker.make_measure(run.optimizer), 0).metrics()
@@ -219,8 +181,8 @@ def test_a_model_that_cannot_be_measured_warns_and_trains_on(tmp_path: Path, mon
         raise sharpness.Unmeasurable("its variance is infinite")
 
     monkeypatch.setattr(training, "measured", refuse)
-    with alone():
-        found = trained(described(MEASURED), str(tmp_path), None, 0)
+    with loop.alone():
+        found = trained(described(MEASURED), str(tmp_path), 0)
     assert len(found["reported"]) == 3
     assert all(hessian_of(metrics) == {} for metrics in found["reported"])
     assert any("epoch 2: sharpness is not measured: its variance is infinite" in str(w) for w in found["warnings"])

@@ -10,12 +10,13 @@ import ray
 
 from ray_jobs import config
 from ray_jobs.errors import ConfigError, RunError
+from ray_jobs.journal import Journal
 from ray_jobs.sweep import begun, prepare
 from ray_jobs.sweep import run as sweeps
 from ray_jobs.sweep.config import dump_sweep, load_sweep
-from ray_jobs.sweep.journal import Journal
 from ray_jobs.sweep.prepare import Checks, concurrency
 from ray_jobs.sweep.search import make_search
+from ray_jobs.sweep.variety import cpus_at_once
 from ray_jobs.trainer import alone
 from tests.ray_jobs.test_sweep_driver import sweep_of
 
@@ -123,3 +124,27 @@ def test_concurrency_is_by_the_largest_of_the_trials(tmp_path: Path, monkeypatch
     assert concurrency(shapes, Checks(), None) == 2
     with pytest.raises(ConfigError, match="3 trials at once: a trial needs 4 CPUs"):
         concurrency(shapes, Checks(), 3)
+
+
+def test_an_unfinished_sweep_goes_on_before_one_of_its_name_that_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
+    sweep = sweep_of(tmp_path, "pbt")
+    for name, events in {"a": ["begin", "end"], "b": ["begin"], "c": ["begin", "end"]}.items():
+        folder = tmp_path / (name * 32)
+        folder.mkdir()
+        (folder / "sweep.yaml").write_text(dump_sweep(sweep))
+        journal = Journal(folder / "journal.jsonl")
+        for event in events:
+            journal.append({"event": event, "time": 0.0})
+    found = begun.begun_before(sweep)
+    assert found is not None
+    assert found.folder.name == "b" * 32
+
+
+def test_a_local_ray_has_cpus_for_as_many_of_the_largest_trials_as_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("name: s\nrun: digits-frob\nspace: {scaling.num_workers: {grid: [1, 3, 2]}}\n")
+    assert cpus_at_once(load_sweep(str(path)), None) == 3
+    assert cpus_at_once(load_sweep(str(path)), 2) == 6

@@ -12,7 +12,7 @@ from ray_jobs.config import load
 from ray_jobs.errors import ConfigError
 from ray_jobs.sweep import variety
 from ray_jobs.sweep.config import dump_sweep, load_sweep, sweep_names
-from ray_jobs.sweep.cost import evaluations_per_epoch
+from ray_jobs.sweep.cost import evaluations
 from ray_jobs.sweep.preview import preview
 from ray_jobs.sweep.search import make_search
 from ray_jobs.sweep.stopping import Population, make_stopping
@@ -362,6 +362,6 @@ def test_small_table2_gives_all_methods_the_same_evaluations() -> None:
     }
     assert {(c.data.name, c.data.fraction) for c in configs} == {("mnist5k", 1), ("fashion_mnist", 0.1), ("digits", 1)}
     for data in ("mnist5k", "fashion_mnist", "digits"):
-        costs = [c.training.epochs * evaluations_per_epoch(c) for c in configs if c.data.name == data]
+        costs = [evaluations(c) for c in configs if c.data.name == data]
         assert len(costs) == 35
         assert max(costs) - min(costs) <= 0.05 * max(costs)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ray_jobs import checkpoint
-from ray_jobs.sweep import checkpoints, outcome
+from ray_jobs import checkpoint, checkpoints
+from ray_jobs.journal import Journal
 from ray_jobs.sweep import driver as drivers
+from ray_jobs.sweep import outcome
 from ray_jobs.sweep.config import SweepConfig, load_sweep
 from ray_jobs.sweep.driver import Driver
-from ray_jobs.sweep.journal import Journal
 from ray_jobs.sweep.ledger import Ledger
 from ray_jobs.sweep.prepare import Checks
 from ray_jobs.sweep.search import make_search
@@ -165,8 +165,6 @@ def to_the_end(sweep: SweepConfig, home: Path, cluster: Cluster, told: Told, at_
         except Killed:
             killed += 1
             continue
-        finally:
-            driver.journal.close()
         return driver, killed
 
 
@@ -211,6 +209,8 @@ def test_a_driver_killed_anywhere_ends_with_the_same_trials_rungs_and_winner(
         assert len(cluster.trained) == len(set(cluster.trained))  # no epoch is trained twice
     assert kills > 8
     assert expected is not None
+    ends = {"finished": "FINISHED", "cut": "KILLED", "failed": "FAILED"}
+    assert expected["mlflow"] == {trial: ends[status] for trial, (_, status, *_) in expected["trials"].items()}
     if "asha" in SWEEPS[name]:
         assert "cut" in {status for _, status, *_ in expected["trials"].values()}
 
@@ -235,6 +235,19 @@ def test_a_trial_that_fails_too_often_ends_failed_and_the_sweep_goes_on(tmp_path
     leg = driver.next_leg()
     assert leg is not None
     assert leg["trial"] == 1
+
+
+def test_a_trial_whose_process_dies_too_often_has_failed(tmp_path: Path, made_up: list[Cluster]) -> None:
+    told = Told()
+    made_up.append(Cluster(random.Random(0), None))
+    driver = driver_of(sweep_of(tmp_path, "random-median"), tmp_path, told, 1)
+    for _ in range(3):  # once, and two retries
+        leg = driver.next_leg()
+        assert leg is not None
+        assert leg["trial"] == 0
+        driver.died(0, "its process died")
+    assert told.runs["run-1"].info.status == "FAILED"
+    assert told.runs["run-1"].data.tags["phisam.failure"] == "its process died"
 
 
 def test_a_trial_waits_for_an_mlflow_that_is_away_and_those_that_run_go_on(
@@ -277,7 +290,6 @@ def test_values_that_make_no_run_fail_their_trial_and_the_sweep_goes_on(
     leg = driver.next_leg()
     assert leg is not None
     assert leg["trial"] == 1
-    driver.journal.close()
     driver_of(sweep, tmp_path, told, 1).replay()  # such a trial has no description to read again
 
 
@@ -292,14 +304,10 @@ def test_a_trial_whose_newest_checkpoint_is_torn_goes_on_from_an_older_one_and_s
     assert second is not None
     history = [{"epoch": epoch, "accuracy/validation": 0.5 + epoch / 100} for epoch in (1, 2)]
     for epoch in (1, 2):
-        folder = Path(first["folder"]) / f"checkpoint_{epoch}"
-        folder.mkdir()
-        checkpoint.save(folder, {"epoch": epoch}, history[:epoch])
+        checkpoint.save(Path(first["folder"]) / f"checkpoint_{epoch}", {"epoch": epoch}, history[:epoch])
     torn = Path(first["folder"]) / "checkpoint_2" / "state.pt"
     torn.write_bytes(torn.read_bytes()[:100])
-    for leg in (first, second):  # trial 1 has a list of checkpoints that is torn, and no checkpoint
-        (Path(leg["folder"]) / checkpoints.LIST).write_text("{")
-    driver.journal.close()
+    (Path(second["folder"]) / "checkpoint_1").mkdir()  # trial 1 has one that is empty, and no other
 
     said: list[str] = []
     again = driver_of(sweep, tmp_path, told, 2)
@@ -315,7 +323,8 @@ def test_a_trial_whose_newest_checkpoint_is_torn_goes_on_from_an_older_one_and_s
     assert second is not None
     assert (first["trial"], first["start"]) == (0, str(torn.parent.parent / "checkpoint_1"))
     assert (second["trial"], second["start"]) == (1, None)
-    assert not (Path(first["folder"]) / checkpoints.LIST).exists()  # Ray Train would go on from the torn one
+    assert not torn.exists()  # the leg would go on from there
+    assert [path.name for path in checkpoints.damaged(Path(first["folder"]))] == ["damaged_checkpoint_2"]
     assert (first["retries"], [point.epoch for point in again.ledger.trials[0].points]) == (sweep.retries, [1])
 
 

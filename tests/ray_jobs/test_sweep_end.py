@@ -14,13 +14,13 @@ from rich.console import Console
 
 from ray_jobs import checkpoint
 from ray_jobs.errors import RunError
-from ray_jobs.sweep import checkpoints, conclusion
+from ray_jobs.journal import Journal
+from ray_jobs.sweep import conclusion, outcome
 from ray_jobs.sweep import run as sweeps
 from ray_jobs.sweep.begun import Found
 from ray_jobs.sweep.conclusion import conclude
 from ray_jobs.sweep.config import SweepConfig, load_sweep
 from ray_jobs.sweep.driver import Driver
-from ray_jobs.sweep.journal import Journal
 from ray_jobs.sweep.ledger import Ledger
 from ray_jobs.sweep.prepare import Checks
 from ray_jobs.sweep.search import make_search
@@ -171,10 +171,8 @@ def test_the_model_is_that_of_the_epoch_at_which_the_trial_was_judged(
     driver.journal.events.append({"event": "begin", "register": "digits"})
     folder = driver.leg_folder(driver.ledger.trials[1])
     for n in there:
-        (folder / f"checkpoint_{n}").mkdir(parents=True)
         state = {"epoch": n, "best": {"epoch": min(best, n)}}
         checkpoint.save(folder / f"checkpoint_{n}", state, [{"epoch": float(i)} for i in range(n)])
-    monkeypatch.setattr(checkpoints, "newest_checkpoint", lambda folder: folder / f"checkpoint_{there[-1]}")
     parent, logged = told(driver), []
     child = SimpleNamespace(uri="", models=dict, set_tags=parent.said.update, finish=lambda status: None)
     monkeypatch.setattr(conclusion, "Tracker", lambda uri, run_id: child)
@@ -211,7 +209,7 @@ def test_the_journal_says_the_end_only_when_mlflow_has_it(
     """Killed between the two, a sweep is not over, and `--resume` brings MLflow its end."""
     sweep = sweep_of(tmp_path, SPACE)
     driver = SimpleNamespace(over=True, replay=lambda: None)
-    monkeypatch.setattr(ray, "remote", lambda **_: lambda board: SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(sweeps, "beside_driver", lambda board: None)
     monkeypatch.setattr(sweeps, "Driver", lambda *a, **k: driver)
     monkeypatch.setattr(sweeps, "Writer", lambda *a: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(sweeps, "conclude", lambda *a: ("FINISHED", None))
@@ -255,4 +253,19 @@ def test_a_sweep_that_is_stopped_before_its_first_trial_ends_in_mlflow_too(
     assert parent.calls == ["KILLED"]
     assert caught.value.__notes__ == ["to go on with it: phisam sweep --resume sweep"]
     assert load_sweep(str(tmp_path / "sweep" / "sweep.yaml")) == sweep  # and it can go on
-    assert (tmp_path / "sweep" / "journal.jsonl").read_text().startswith('{"event": "begin"')
+    assert (tmp_path / "sweep" / "journal.jsonl").read_text().startswith('{"seq": 0, "event": "begin"')
+
+
+def test_the_best_settings_are_told_by_what_differs_between_them(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, f"data.name: {{grid: [digits, mnist5k]}}, {SPACE}", "seeds: [0, 1, 2]\n")
+    driver = ended(tmp_path, sweep, [[0.5 + trial / 100] for trial in range(12)])
+    found = outcome.settings(list(driver.ledger.trials.values())[:6], driver.search.setting)
+    table = outcome.best_table(found, sweep.metric, sweep.better)
+    assert [str(column.header) for column in table.columns] == [
+        "rho",
+        "accuracy/validation",
+        "95 % interval",
+        "seeds",
+        "trials",
+    ]
+    assert list(table.columns[-1].cells) == ["3-5", "0-2"]

@@ -1,48 +1,15 @@
-"""A sweep's memory: what is on disk, what is torn, and what follows from it. No Ray, no MLflow."""
+"""A sweep's memory: what is known, and what follows from it. No Ray, no MLflow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from ray_jobs.errors import RunError
+from ray_jobs.journal import Event
 from ray_jobs.sweep import outcome
-from ray_jobs.sweep.journal import Event, Journal, read_journal
 from ray_jobs.sweep.ledger import Ledger, Trial
 from ray_jobs.sweep.population import Population
 from ray_jobs.sweep.trajectory import Axis, Cut, Point, Stopping, Trajectory, Verdict
-
-
-def filled(path: Path) -> None:
-    journal = Journal(path)
-    journal.append({"event": "start", "trial": 0, "values": {"optimizer.rho": 0.05}, "run": "a"})
-    journal.append({"event": "epoch", "trial": 0, "epoch": 1, "resource": 1.0, "value": 0.9})
-    journal.close()
-
-
-@pytest.mark.parametrize("torn", [b'{"event": "ep', b'{"event": "epoch", "tri\n', b"\x00\x00\x00\n"])
-def test_a_torn_last_line_is_dropped_and_written_over(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "journal.jsonl"
-    filled(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
-    assert len(read_journal(path)) == 2
-    journal = Journal(path)
-    assert len(journal.events) == 2
-    journal.append({"event": "trained", "trial": 0})
-    assert path.read_bytes() == whole + b'{"event": "trained", "trial": 0}\n'
-
-
-def test_a_damaged_line_inside_is_told_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    filled(path)
-    first, second = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first[:9] + b"\n" + second)
-    with pytest.raises(RunError, match=r"journal.jsonl:1: damaged"):
-        Journal(path)
 
 
 class InOrder:

@@ -15,7 +15,7 @@ from torch import nn
 import phisam
 from ray_jobs.config import load
 from ray_jobs.sweep.config import SweepConfig, load_sweep
-from ray_jobs.sweep.cost import TRAINING_EXAMPLES, epochs_within, evaluations_per_epoch, evaluations_per_step
+from ray_jobs.sweep.cost import TRAINING_EXAMPLES, epochs_within, evaluations, evaluations_per_step
 from ray_jobs.sweep.search import Search, make_search
 from ray_jobs.worker import make_measure
 from ray_jobs.yaml_source import write_yaml
@@ -219,19 +219,27 @@ def test_training_examples_are_those_of_the_data() -> None:
         config = load("digits-frob", [f"data.name={name}"])
         dataset = load_dataset(config.data, 0)
         assert len(dataset.train) + len(dataset.validation) == TRAINING_EXAMPLES[name]
-        assert len(dataset.train) // 64 * 4 == evaluations_per_epoch(config)
+        assert len(dataset.train) // 64 * 4 == evaluations(config, 1)
 
 
 def test_epochs_never_cost_more_than_the_budget(tmp_path: Path) -> None:
     for settings, budget in itertools.product(OPTIMIZERS, (700, 799, 800, 1001.5)):
         config = load("digits-frob", settings)
         epochs = epochs_within(config, "gradient_evaluations", budget)
-        cost = evaluations_per_epoch(config)
-        assert epochs * cost <= budget < (epochs + 1) * cost
+        assert evaluations(config, of=epochs) <= budget < evaluations(config, of=epochs + 1)
     equal = sweep(
         tmp_path, space={"optimizer.n_samples": {"grid": [2, 3, 7]}}, resource="gradient_evaluations", budget=1600
     )
     trials = [equal.trial(values, i) for i, values in enumerate(suggestions(make_search(equal, 1)))]
     assert [config.training.epochs for config in trials] == [26, 20, 10]  # of 20 steps x 3, 4 and 8 evaluations
+    growing = load("digits-frob", ["optimizer.n_early=2", "optimizer.n_samples=7"])  # 20 x (3 + 8) in two epochs
+    assert [epochs_within(growing, "gradient_evaluations", b) for b in (219, 220, 439, 440, 599, 600)] == [
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+    ]
     without = sweep(tmp_path, space={"optimizer.n_samples": {"grid": [3]}}, resource="gradient_evaluations")
     assert without.trial({"optimizer.n_samples": 3}, 0).training.epochs == 5  # what 20 epochs cost the base optimizer

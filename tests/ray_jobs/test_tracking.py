@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from mlflow.exceptions import MlflowException
 from torch import nn
 
 from ray_jobs import config
-from ray_jobs.callback import EpochWriter
-from ray_jobs.errors import RunError
+from ray_jobs.errors import ConfigError, RunError
 from ray_jobs.tracking import Tracker, find_run, open_store, provenance, tracking_uri
 from ray_jobs.tracking.sweep import Child, SweepTracker, trial_of
 from ray_jobs.tracking.writer import Writer
@@ -67,38 +65,6 @@ def test_an_epoch_that_is_logged_again_is_there_once(tracker: Tracker) -> None:
     assert epochs_in(tracker) == [1]
 
 
-def test_reconcile_fills_in_what_is_missing_and_repeats_nothing(tracker: Tracker) -> None:
-    tracker.log_epoch(metrics(2, extra=5.0))
-    rerun = {**metrics(2, extra=6.0), "timestamp_ms": 1}  # the same epoch, trained again after a restart
-    tracker.reconcile([metrics(1), rerun, metrics(3)])
-    assert sorted(epochs_in(tracker)) == [1, 2, 3]
-    assert tracker.logged_epochs() == {1, 2, 3}
-    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "extra")
-    assert [metric.value for metric in history] == [5.0]
-
-
-def test_the_writer_returns_at_once_and_leaves_out_what_is_logged(tracker: Tracker) -> None:
-    writer = EpochWriter(tracker.uri, tracker.run_id, logged={1})
-    for epoch in (1, 2, 2, 3):
-        writer.put(metrics(epoch))
-    deadline = time.monotonic() + 30
-    while len(epochs_in(tracker)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert sorted(epochs_in(tracker)) == [2, 3]
-
-
-def test_a_tracker_that_refuses_is_not_the_trainings_problem(
-    tracker: Tracker, caplog: pytest.LogCaptureFixture
-) -> None:
-    writer = EpochWriter(tracker.uri, "0" * 32, logged=set())
-    writer.put(metrics(1))  # neither raises nor waits
-    deadline = time.monotonic() + 30
-    while not caplog.records and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert "asked to take epoch 1, but: " in caplog.text
-    assert writer._thread.is_alive()
-
-
 def test_not_a_number_is_logged_as_such(tracker: Tracker) -> None:
     tracker.log_epoch(metrics(1, sharpness=float("nan"), lr=float("inf")))
     assert tracker.logged_epochs() == {1}
@@ -114,7 +80,7 @@ def test_status_is_what_the_driver_says(tracker: Tracker) -> None:
     client = MlflowClient(tracker.uri)
     tracker.finish("KILLED")
     assert client.get_run(tracker.run_id).info.status == "KILLED"
-    assert Tracker.resume(tracker.uri, tracker.run_id).run_id == tracker.run_id
+    tracker.finish("RUNNING")
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
 
 
@@ -130,16 +96,83 @@ def test_runs_are_found_by_id_short_id_and_unique_name(runs: Path, tracker: Trac
 
 
 def test_a_run_that_mlflow_does_not_know(tracker: Tracker) -> None:
-    with pytest.raises(RunError, match=r"asked to go on with run 0000.*not found"):
-        Tracker.resume(tracker.uri, "0" * 32)
+    with pytest.raises(RunError, match=r"asked to say that run 0000.* is RUNNING, but: .*not found"):
+        Tracker(tracker.uri, "0" * 32).finish("RUNNING")
 
 
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("URI", "TOKEN", "USERNAME", "PASSWORD", "AUTH", "AWS_SIGV4"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+
+
+@pytest.mark.usefixtures("no_credentials")
 def test_where_mlflow_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(config.TrackingConfig(), Path("/runs")) == "sqlite:////runs/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert tracking_uri(config.TrackingConfig(), Path("/runs")) == "http://127.0.0.1:1"
     assert tracking_uri(config.TrackingConfig(uri="http://127.0.0.1:2"), Path("/runs")) == "http://127.0.0.1:2"
+
+
+@pytest.mark.usefixtures("no_credentials")
+@pytest.mark.parametrize("how", ["token", "password", "file"])
+def test_credentials_go_to_no_server_that_a_description_alone_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    described = config.TrackingConfig(uri="https://mlflow.example/theirs")
+    assert tracking_uri(described, tmp_path) == described.uri, "nothing could be sent"
+    if how == "token":
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "planted")
+    elif how == "password":
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted")
+    else:
+        (tmp_path / ".mlflow").mkdir()
+        secret = "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = planted\n"
+        (tmp_path / ".mlflow" / "credentials").write_text(secret)
+    with pytest.raises(ConfigError, match=r"would go to https://mlflow\.example/theirs.*set MLFLOW_TRACKING_URI to"):
+        tracking_uri(described, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example:443/")
+    assert tracking_uri(described, tmp_path) == described.uri
+    for other in (
+        "http://mlflow.example",  # in the open
+        "https://mlflow.example:5000",
+        "https://mlflow.example.evil.example",
+        "HTTPS://evil.example#mlflow.example",
+    ):
+        with pytest.raises(ConfigError, match="your MLflow credentials would go to"):
+            tracking_uri(config.TrackingConfig(uri=other), tmp_path)
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_a_description_chooses_no_store_outside_the_runs_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
+    for uri in (f"sqlite:///{runs}/other.db", "sqlite:///runs/other.db", f"file://{runs}/files"):
+        assert tracking_uri(config.TrackingConfig(uri=uri), runs) == uri
+    outside = f"sqlite:///{tmp_path}/poetry"
+    for uri in (
+        outside,
+        "sqlite:///poetry",
+        f"sqlite+pysqlite:///{tmp_path}/poetry",
+        f"sqlite:///{runs}/../poetry",
+        f"sqlite:///{runs}/x?vfs=other",
+        f"file://{runs}/%2e%2e/poetry",
+        "poetry",
+    ):
+        with pytest.raises(ConfigError, match="is outside the runs folder"):
+            tracking_uri(config.TrackingConfig(uri=uri), runs)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", outside)
+    assert tracking_uri(config.TrackingConfig(uri=outside), runs) == outside
+
+
+def test_the_lock_of_a_store_writes_over_no_file(tmp_path: Path) -> None:
+    (tmp_path / "poetry.lock").write_text("versions")
+    open_store(f"sqlite:///{tmp_path / 'poetry'}")
+    assert (tmp_path / "poetry.lock").read_text() == "versions"
 
 
 LOAD = """
@@ -201,11 +234,11 @@ def child(sweep: SweepTracker, index: int) -> str:
     return sweep.child(index, Child(f"s/{index}", {}, {}, None))
 
 
-def test_a_run_that_was_deleted_is_said_once_and_holds_nothing_up(sweep: SweepTracker) -> None:
+def test_a_run_that_was_deleted_is_said_once_and_holds_nothing_up(sweep: SweepTracker, tmp_path: Path) -> None:
     deleted, other = child(sweep, 0), child(sweep, 1)
     MlflowClient(sweep.uri).delete_run(deleted)
     said: list[str] = []
-    writer = Writer(sweep.uri, said.append)
+    writer = Writer(sweep.uri, tmp_path, said.append)
     for run_id in (deleted, "0" * 32):  # in MLflow's trash, and gone for good
         writer.epoch(run_id, metrics(1))
         writer.reopen(run_id)
@@ -220,9 +253,9 @@ def test_a_run_that_was_deleted_is_said_once_and_holds_nothing_up(sweep: SweepTr
     assert (run.info.status, run.data.tags["a"]) == ("FINISHED", "b")
 
 
-def test_what_mlflow_refuses_is_said_and_the_rest_goes_on(sweep: SweepTracker) -> None:
+def test_what_mlflow_refuses_is_said_and_the_rest_goes_on(sweep: SweepTracker, tmp_path: Path) -> None:
     said: list[str] = []
-    writer, run_id = Writer(sweep.uri, said.append), child(sweep, 0)
+    writer, run_id = Writer(sweep.uri, tmp_path, said.append), child(sweep, 0)
     writer.epoch(run_id, metrics(1, **{"no?name": 1.0}))
     writer.epoch(run_id, metrics(2))
     writer.close()
@@ -248,7 +281,7 @@ def test_a_trials_run_is_one_and_whole_whatever_answer_of_mlflow_was_lost(
             done(*arguments, **named)  # made, and the answer never comes
         raise MlflowException("timed out")
 
-    told = Child.of(config.load("digits-frob", ["name=s/3"]), {"data.fingerprint": "f"})
+    told = Child.of(config.load("digits-frob", ["name=s/3"]), {"data.fingerprint": "f"}, "frob")
     done = getattr(sweep._client, lost)
     monkeypatch.setattr(sweep._client, lost, once)
     with pytest.raises(RunError, match="asked to start the run of trial 3, but: timed out"):
@@ -259,6 +292,7 @@ def test_a_trials_run_is_one_and_whole_whatever_answer_of_mlflow_was_lost(
     (whole,) = sweep.children()
     assert (whole.info.run_id, whole.info.run_name) == (run_id, "s/3")
     assert whole.data.params["measure"] == "frobenius"
+    assert whole.data.params["run"] == "frob", "which of the sweep's base runs"
 
 
 def test_a_sweep_is_described_once_and_discards_a_run(sweep: SweepTracker) -> None:

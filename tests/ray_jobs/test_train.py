@@ -18,27 +18,42 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
 
-from ray_jobs import checkpoint, config, train, trainer
+from ray_jobs import attempts, checkpoint, checkpoints, config, train
 from ray_jobs.errors import ConfigError, RunError
+from tests.ray_jobs.store import put_store
 
-EPOCHS = 12
-# Small batches: an epoch must last long enough to be killed in.
+EPOCHS, STEPS = 8, 80  # 1797 digits, less a fifth for the test and a tenth of the rest for validation: 1294, by 16
+# Small batches: an epoch must last long enough to be killed in; a checkpoint in its middle.
 DESCRIPTION = ["digits-frob", "--set", f"training.epochs={EPOCHS}", "--set", "training.batch_size=16"]
-DESCRIPTION += ["--set", "optimizer.base.lr=0.02"]
+DESCRIPTION += ["--set", "optimizer.base.lr=0.02", "--set", "checkpoint.every_steps=30"]
 
 
-def command(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`phisam train` in a session of its own."""
+def command(home: Path, *arguments: str, subcommand: str = "train") -> subprocess.Popen[str]:
+    """`phisam train`, or another, in a session of its own."""
     environment = {**os.environ, "PHISAM_HOME": str(home), "PYTHONUNBUFFERED": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
+    put_store(home / "mlflow.db")
     return subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", "train", *arguments],
+        [sys.executable, "-m", "ray_jobs.cli", subcommand, *arguments],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
+    """The lines of its output up to the one with a text."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"the output ended before {text!r}: {lines}")
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -59,8 +74,7 @@ def series(home: Path, name: str) -> list[tuple[int, float]]:
 
 
 def final_state(home: Path) -> dict[str, Any]:
-    newest = sorted((home / the_run(home).info.run_id).glob("checkpoint_2*"))[-1]
-    return checkpoint.load(newest)
+    return checkpoint.load(checkpoints.present(home / the_run(home).info.run_id)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +91,7 @@ def test_a_run_prints_an_epoch_a_line_and_a_table_and_nothing_else(undisturbed: 
     ]
     assert lines[EPOCHS + 1].split() == ["run", "digits-frob"]
     assert lines[-1] == "Curves, models and comparison: phisam ui"
-    assert len(lines) == EPOCHS + 19
+    assert len(lines) == EPOCHS + 21
 
 
 def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
@@ -90,8 +104,9 @@ def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
     assert run.data.metrics["accuracy/test"] > 0.9
     assert run.data.metrics["strength"] == pytest.approx(9e-7)
     assert run.data.metrics["sharpness"] > 0
-    steps = 80  # 1797 digits, less a fifth for the test and a tenth of the rest for validation: 1294, by 16
-    assert run.data.metrics["gradient_evaluations"] == EPOCHS * steps * 4
+    assert run.data.metrics["gradient_evaluations"] == EPOCHS * STEPS * 4
+    assert (run.data.metrics["restarts"], run.data.metrics["wasted_steps"]) == (0, 0)
+    assert run.data.metrics["checkpoint_seconds"] > 0
     assert {"data.fingerprint", "version.ray", "device", "phisam.folder"} <= set(run.data.tags)
     assert run.outputs is not None
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
@@ -107,51 +122,74 @@ def test_the_best_model_is_the_first_of_highest_validation_accuracy(undisturbed:
     assert (best["epoch"], best["accuracy"]) == (expected, accuracy[expected])
 
 
-def test_a_driver_that_is_killed_and_resumed_ends_bit_equal(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
-    """SIGKILL in mid-run; then --resume. Same weights, same optimizer state, each epoch once, in one MLflow run."""
-    process = command(tmp_path, *DESCRIPTION)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 4/" in line:
-            break
+def terminated(home: Path) -> str:
+    """The id of a run that was told to end, and saved what it did."""
+    process = command(home, *DESCRIPTION)
+    read_until(process, "epoch 1/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    run_id = the_run(home).info.run_id
+    assert process.returncode == 143, output
+    told = ["phisam: told to end (SIGTERM), and saved", f"  to go on with it: phisam train --resume {run_id}"]
+    assert output.splitlines()[-2:] == told
+    assert the_run(home).info.status == "KILLED"
+    at, saved = attempts.read(home / run_id), checkpoints.newest(home / run_id)
+    assert saved is not None
+    assert at == (0, 0, int(saved.name.partition("_")[2]))  # no step of it will be taken again
+    return run_id
+
+
+def killed(process: subprocess.Popen[str], home: Path) -> None:
+    """SIGKILL to a driver in the middle of its run."""
+    read_until(process, "epoch 3/")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
-    assert the_run(tmp_path).info.status == "RUNNING"
-    assert 0 < len(trainer.saved_history(tmp_path / the_run(tmp_path).info.run_id)) < EPOCHS
+    assert the_run(home).info.status == "RUNNING"
+    assert 0 < len(checkpoints.saved_history(home / the_run(home).info.run_id)) < EPOCHS
     _wait_until_ended(process.pid)
 
-    finished(command(tmp_path, "--resume", the_run(tmp_path).info.run_id))
-    assert the_run(tmp_path).info.status == "FINISHED"
-    home, _ = undisturbed
-    assert_equal(final_state(home), final_state(tmp_path))
+
+def without_a_worker(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a worker of a run that comes to its end nevertheless."""
+    lines = read_until(process, f"/{EPOCHS}  ")
+    assert _listening(_session(process.pid)) <= LOOPBACK
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    lines += finished(process).splitlines()
+    assert sum("workers failed and start again from the newest checkpoint" in line for line in lines) == 1
+    assert not any("raylet" in line for line in lines)
+
+
+def test_a_run_whose_driver_and_worker_are_killed_ends_bit_equal_and_nothing_listens_beyond_loopback(
+    undisturbed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM, SIGKILL of the resumed run, and of a worker of the next: the same weights and state, each epoch once, in
+    one MLflow run.
+    """
+    run_id = terminated(tmp_path)
+    killed(command(tmp_path, "--resume", run_id), tmp_path)
+    without_a_worker(command(tmp_path, "--resume", run_id))
+    run, (home, _) = the_run(tmp_path), undisturbed
+    assert run.info.status == "FINISHED"
+    assert_same_end(home, tmp_path)
+    assert run.data.metrics["restarts"] == 3
+    assert run.data.tags["phisam.restarts"] == "3"
+    assert 0 <= run.data.metrics["wasted_steps"] < 2 * STEPS
     for name in ("loss/train", "loss/validation", "accuracy/validation", "accuracy/test", "lr", "sharpness"):
         assert series(tmp_path, name) == series(home, name), name
 
-    again = command(tmp_path, "--resume", "digits-frob")
-    output, _ = again.communicate(timeout=60)
-    assert again.returncode == 1
-    assert "is finished: there is nothing to resume" in output
+    monkeypatch.setenv("PHISAM_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RunError, match="is finished: there is nothing to resume"):
+        train.unfinished("digits-frob")
 
 
-def test_a_worker_that_is_killed_starts_again_and_nothing_listens_beyond_loopback(
-    undisturbed: tuple[Path, str], tmp_path: Path
-) -> None:
-    process = command(tmp_path, *DESCRIPTION)
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "epoch 3/" in line:
-            assert _listening(_session(process.pid)) <= LOOPBACK
-            os.kill(_workers(process.pid)[0], signal.SIGKILL)
-            break
-    lines += process.communicate(timeout=300)[0].splitlines(keepends=True)
-    assert process.returncode == 0, lines
-    assert sum("workers failed and start again from the newest checkpoint" in line for line in lines) == 1
-    assert not any("raylet" in line for line in lines)
-    home, _ = undisturbed
-    assert_equal(final_state(home), final_state(tmp_path))
-    assert series(tmp_path, "loss/train") == series(home, "loss/train")
+def assert_same_end(home: Path, other: Path) -> None:
+    """All of the last checkpoint but its times."""
+    left, right = final_state(home), final_state(other)
+    for name in ("seconds", "waited"):
+        assert isinstance(left.pop(name), float)
+        right.pop(name)
+    assert_equal(left, right)
 
 
 def assert_equal(left: Any, right: Any, where: str = "state") -> None:
@@ -167,7 +205,7 @@ def assert_equal(left: Any, right: Any, where: str = "state") -> None:
 
 def _wait_until_ended(session: int) -> None:
     """Ray's processes see that their driver is gone and end by themselves; the rest of the session is ended here."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 5
     while _session(session) and time.monotonic() < deadline:
         time.sleep(0.5)
     for pid in _session(session):
@@ -214,7 +252,7 @@ def _target(link: Path) -> str:
         return ""
 
 
-def _workers(session: int) -> list[int]:
+def workers(session: int) -> list[int]:
     """Ray Train's workers of a session, by the names that Ray gives their processes."""
     return [pid for pid in _session(session) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -235,6 +273,14 @@ def cluster_of_2_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (
             ["training.batch_size=63", "optimizer.sample_parallel=1"],
             r"batch_size = 63 .* shared equally by 2 data ranks",
+        ),
+        (
+            ["scaling.num_workers={min: 3, max: 4}", "training.batch_size=60"],
+            r"num_workers = 3 .* needs 3 CPUs, but the cluster has 2",
+        ),
+        (
+            ["scaling.num_workers={min: 1, max: 3}", "optimizer.sample_parallel=1"],
+            r"batch_size = 64 .* shared equally by 3 data ranks",
         ),
         (["training.batch_size=5000"], r"batch_size = 5000, but the training split has 1294 examples"),
         (["model={name: torchvision/resnet18}"], r"takes images of 3 channels"),

@@ -6,10 +6,10 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import ray.train
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,9 +19,12 @@ import phisam
 from phisam.noise import Scaling
 from ray_jobs import config, worker
 from ray_jobs.data import Batches, load_dataset, micro_batches
+from ray_jobs.divergence import Guard
 from ray_jobs.models import make_model
 from ray_jobs.optimizer_config import NoiseConfig
+from ray_jobs.saving import Saver, State
 from tests.phisam import gloo
+from tests.ray_jobs import loop
 
 
 def run_config(**sections: Any) -> config.RunConfig:
@@ -161,7 +164,7 @@ def test_averages_are_of_what_step_returns_and_of_the_steps_that_had_a_sharpness
     """The measure sees L_0 of a part of the batch here, and R_rho every third step."""
     optimizer, model = described_step(rho=0.5, every=3, perturb_fraction=0.5)
     inputs = torch.randn(8, 3, dtype=torch.float64)
-    averages = worker.Averages(torch.device("cpu"), 2)
+    averages = worker.Averages(torch.zeros(2, 2, dtype=torch.float64), 2)
     losses, sharpness = [], []
     for step in range(6):
         loss = optimizer.step(lambda part: model(part(inputs)).square().mean())
@@ -174,19 +177,19 @@ def test_averages_are_of_what_step_returns_and_of_the_steps_that_had_a_sharpness
 
 
 def test_averages_leave_out_what_is_not_finite() -> None:
-    averages = worker.Averages(torch.device("cpu"), 2)
+    averages = worker.Averages(torch.zeros(2, 2, dtype=torch.float64), 2)
     for loss, sharpness in [(1.0, 4.0), (math.inf, math.nan), (3.0, math.inf)]:
         numbers = torch.tensor([loss, sharpness], dtype=torch.float64)
         losses = torch.stack([torch.zeros_like(numbers[1]), numbers[1], numbers[1]])  # trace's R_rho is the mean delta
         record = phisam.StepRecord(losses, torch.zeros(3), 1.0, phisam.trace())
         averages.add(numbers[0], record)
     assert averages.means() == (2.0, 4.0)
-    nothing = worker.Averages(torch.device("cpu"), 2).means()
+    nothing = worker.Averages(torch.zeros(2, 2, dtype=torch.float64), 2).means()
     assert all(math.isnan(mean) for mean in nothing)
 
 
 def test_the_sharpness_term_of_sgd_is_zero() -> None:
-    averages = worker.Averages(torch.device("cpu"), 0)
+    averages = worker.Averages(torch.zeros(2, 2, dtype=torch.float64), 0)
     model = nn.Linear(3, 2)
     optimizer = phisam.PhiSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), phisam.sgd())
     loss = optimizer.step(lambda: model(torch.ones(2, 3)).square().mean())
@@ -265,7 +268,7 @@ def test_the_optimizer_gets_every_setting(monkeypatch: pytest.MonkeyPatch) -> No
     assert given == {**settings, "seed": 5, "grad_scaler": scaler}
 
 
-def test_a_checkpoint_resumes_the_grad_scaler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_the_grad_scaler(tmp_path: Path) -> None:
     """fp16: without its state a resumed run would begin at another scale, and skip other steps."""
 
     def fresh() -> tuple[nn.Module, phisam.PhiSAM, torch.amp.GradScaler]:
@@ -284,19 +287,25 @@ def test_a_checkpoint_resumes_the_grad_scaler(monkeypatch: pytest.MonkeyPatch, t
         for _ in range(steps):
             optimizer.step(closure)
 
+    def state(model: nn.Module, optimizer: phisam.PhiSAM, scaler: torch.amp.GradScaler) -> State:
+        return State(model, optimizer, scaler, Guard(config.DivergenceConfig(), optimizer, torch.device("cpu")))
+
     model, optimizer, scaler = fresh()
     train(model, optimizer, 30)
     assert scaler.get_scale() < 2.0**40
-    monkeypatch.setattr(worker.dist, "get_rank", lambda: 0)
-    with worker._saved(True, model, optimizer, scaler, None, [{"epoch": 1}]) as saved:
-        assert saved is not None
-        kept = ray.train.Checkpoint(saved.to_directory(str(tmp_path / "kept")))
-    train(model, optimizer, 10)
+    nobody = SimpleNamespace(stop_asked=False)
+    with loop.alone(), loop.on_ray([]):
+        saver = Saver(config.CheckpointConfig(every_steps=30), tmp_path, state(model, optimizer, scaler), 40, nobody)
+        course = saver.begin(None)
+        course.step = 30
+        assert not saver.after_step(course)
+        train(model, optimizer, 10)
 
-    again, other, its_scaler = fresh()
-    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: kept)
-    assert worker._resume(again, other, its_scaler, None)[2] == 1
-    train(again, other, 10)
+        again, other, its_scaler = fresh()
+        saver._finish()
+        saver = Saver(config.CheckpointConfig(), tmp_path, state(again, other, its_scaler), 40, nobody)
+        assert saver.begin(None).step == 30
+        train(again, other, 10)
     assert json.dumps(its_scaler.state_dict()) == json.dumps(scaler.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     assert other.skipped_steps == optimizer.skipped_steps > 0

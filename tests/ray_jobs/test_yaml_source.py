@@ -70,8 +70,8 @@ def test_the_json_schema_refuses_the_short_form_of_what_has_settings_to_give() -
 
 
 OF_OPTIMIZER = (
-    "base, measure, noise, rho, rho_schedule, lam, lam_schedule, n_samples, every, perturb_fraction, max_grad_norm, "
-    "sample_parallel, scope"
+    "base, measure, noise, rho, rho_schedule, lam, lam_schedule, n_samples, n_early, every, perturb_fraction, "
+    "max_grad_norm, sample_parallel, scope"
 )
 
 # (change of DESCRIPTION, the errors in full)
@@ -232,3 +232,8 @@ def test_the_base_optimizer_alone_has_no_strength(folder: Path) -> None:
 def test_a_section_made_in_python_says_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="image_size: missing; imagefolder needs it"):
         DataConfig(name="imagefolder", root=Path("/images"))
+
+
+def test_a_text_of_too_many_values() -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml:1: not valid YAML: more than 20000 values"):
+        read_yaml(f"a: [{'1, ' * 20_001}]", "run.yaml")
