@@ -121,6 +121,7 @@ def mlflow_logging() -> None:
     from ray_jobs.loopback import LoopbackTorchConfig
     from ray_jobs.progress import Board
     from ray_jobs.tracking import Tracker
+    from ray_jobs.tracking.writer import Writer
 
     class Timed(callback.EpochCallback):
         """Keeps the seconds of each call in the file `calls`."""
@@ -147,7 +148,7 @@ def mlflow_logging() -> None:
 
     def write(cpu: list[float]) -> None:
         """As the driver of a run; CPU seconds of the writer's thread after each epoch, and at the end."""
-        writer, seen, idle = callback.EpochWriter(uri, tracker.run_id, set()), 0, threading.Event()
+        writer, seen, idle = Writer(uri, Path(home), print), 0, threading.Event()
         clock = time.pthread_getcpuclockid(writer._thread.ident or 0)
         while seen < EPOCHS:
             idle.wait(0.25)  # the driver's interval
@@ -156,7 +157,7 @@ def mlflow_logging() -> None:
                 cpu.append(time.clock_gettime(clock))
             seen += len(events)
             for event in events:
-                writer.put(event)
+                writer.epoch(tracker.run_id, event)
         idle.wait(2)
         cpu.append(time.clock_gettime(clock))
 
