@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from rich.console import Console
 
 from ray_jobs import checkpoint
