@@ -23,6 +23,9 @@ MEASURED = {
     "gradient_evaluations": "evaluations",
 }
 COMPARED = ("accuracy/early_test", "loss/early_test")
+RATE = "optimizer.base.lr"
+DRAWN = {RATE: RATE, "optimizer.rho": "rho", "optimizer.lam": "lam", "optimizer.n_samples": "n_samples"}
+"""Dotted keys, and what MLflow calls them."""
 Difference = tuple[str, str, str, str, str]
 """What is equal, task, method, baseline, metric."""
 Differences = Mapping[Difference, tuple[Paired, float]]
@@ -63,6 +66,12 @@ def page(found: Found) -> str:
 def method_of(setting: Setting) -> str:
     """Its name in the design: the description of its run, which MLflow has as a note."""
     return setting.runs[0].tags["mlflow.note.content"]
+
+
+def drawn(setting: Setting) -> dict[str, float | int]:
+    """What tuning chose for a method: dotted key -> value."""
+    keys = DRAWN if setting.measure != "sgd" else (RATE,)
+    return {key: _number(setting.params[DRAWN[key]]) for key in keys}
 
 
 def by_method(records: Sequence[RunRecord]) -> dict[str, Setting]:
@@ -119,10 +128,10 @@ def _tuning(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _means(methods: Mapping[str, Setting], seconds: Ratios) -> list[str]:
     steps = [f"a step on {workers} worker{'s' if workers > 1 else ''}" for workers in WORKERS]
-    head = ["method", *MEASURED.values(), *steps, "seeds"]
+    head = ["method", "setting", *MEASURED.values(), *steps, "seeds"]
     lines = [_row(head), _row(["---"] * len(head))]
     for method, setting in methods.items():
-        cells = []
+        cells = [", ".join(f"{key.rpartition('.')[2]} {value:.3g}" for key, value in drawn(setting).items())]
         for metric in MEASURED:
             values = list(setting.values(metric).values())
             cells.append(_interval(metric, values) if values else "-")
@@ -180,6 +189,10 @@ def _curvature(found: Mapping[str, AtLoss]) -> list[str]:
         cells += [f"{trace.mean:.3g}", f"{trace.low:.3g} to {trace.high:.3g}", f"{at.probes:.0%}", str(norm.n)]
         lines.append(_row([method, *cells]))
     return lines
+
+
+def _number(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)
 
 
 def _ends(test: Paired) -> tuple[float, float]:

@@ -32,20 +32,16 @@ from design import (
     sweep_name,
     tuning,
 )
-from page import Results, best, page
+from page import Results, best, drawn, page
 from picture import draw
 
 from ray_jobs.config import TrackingConfig
 from ray_jobs.paths import runs_folder
-from ray_jobs.results import RunRecord, Setting
+from ray_jobs.results import RunRecord
 from ray_jobs.tracking import tracking_uri
 from ray_jobs.tracking.read import read_sweep
 from ray_jobs.trainer import made
 from ray_jobs.yaml_source import write_yaml
-
-RATE = "optimizer.base.lr"
-DRAWN = {RATE: RATE, "optimizer.rho": "rho", "optimizer.lam": "lam", "optimizer.n_samples": "n_samples"}
-"""Dotted keys, and what MLflow calls them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two tasks in a few minutes, which say nothing")
     parser.add_argument("--fashion", metavar="FOLDER", help="Fashion-MNIST's files; else its tasks are left out")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of page and picture (default: beside the runs)")
+    told = "of page, pictures and the finals' sweep files (default: beside the runs)"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=told)
     given = parser.parse_args(arguments)
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     scale = QUICK if given.quick else WHOLE
@@ -77,14 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found.setdefault(comparison.title, {})[task] = Results(tuned, final, times)
     output = made(given.output or folder)
     (output / "which-member.md").write_text(page(found), encoding="utf-8")
+    for last in lasts.values():
+        _write(last, output)
     print("\n".join(f"written: {path}" for path in [output / "which-member.md", *draw(found, output)]))
     return 0
 
 
 def _sweep(described: Values, folder: Path) -> int:
+    path = _write(described, folder)
+    return subprocess.run([sys.executable, "-m", "ray_jobs.cli", "sweep", str(path), "--go-on"], check=False).returncode
+
+
+def _write(described: Values, folder: Path) -> Path:
     path = folder / f"{described['name'].replace('/', '-')}.yaml"
     path.write_text(write_yaml(described), encoding="utf-8")
-    return subprocess.run([sys.executable, "-m", "ray_jobs.cli", "sweep", str(path), "--go-on"], check=False).returncode
+    return path
 
 
 def _runs(sweep: str) -> list[RunRecord]:
@@ -95,16 +99,7 @@ def _chosen(comparison: Comparison, tuned: Sequence[RunRecord], scale: Scale) ->
     """The best setting of each finalist, by validation loss alone."""
     found = best(tuned)
     names = finalists(comparison, {method: loss for method, (loss, _) in found.items()}, scale)
-    return {name: _drawn(found[name][1]) for name in names}
-
-
-def _drawn(setting: Setting) -> Values:
-    keys = DRAWN if setting.measure != "sgd" else (RATE,)
-    return {key: _number(setting.params[DRAWN[key]]) for key in keys}
-
-
-def _number(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
+    return {name: drawn(found[name][1]) for name in names}
 
 
 def _seconds(described: Values, path: Path) -> seconds.Ratios:

@@ -116,7 +116,8 @@ def found(**gains: float) -> Any:
 
 def test_the_page_has_means_and_paired_differences_corrected_over_all_of_it() -> None:
     text = page.page(found(one=0.01, two=0.02))
-    assert "| base | 81.50% ± 2.05 |" in text
+    assert "| base | lr 0.001 | 81.50% ± 2.05 |" in text
+    assert "| sam | lr 0.001, rho 0.03, lam 0.001, n_samples 1 | 83.5" in text
     differences = [line for line in text.splitlines() if line.startswith("| average | sam | ")]
     assert [line.split(" | ")[2] for line in differences] == ["+0.90", "+1.90"]
     alone = page.page(found(two=0.02))
