@@ -22,10 +22,12 @@ from ray_jobs import attempts, checkpoint, checkpoints, config, train
 from ray_jobs.errors import ConfigError, RunError
 from tests.ray_jobs.store import put_store
 
-EPOCHS, STEPS = 8, 80  # 1797 digits, less a fifth for the test and a tenth of the rest for validation: 1294, by 16
-# Small batches: an epoch must last long enough to be killed in; a checkpoint in its middle.
+EPOCHS, SAMPLES = 12, 7
+STEPS = 80  # 1797 digits, less a fifth for the test and a tenth of the rest for validation: 1294, by 16
+# Small batches and many samples: few epochs may pass before a signal is heard. A checkpoint in an epoch's middle.
 DESCRIPTION = ["digits-frob", "--set", f"training.epochs={EPOCHS}", "--set", "training.batch_size=16"]
-DESCRIPTION += ["--set", "optimizer.base.lr=0.02", "--set", "checkpoint.every_steps=30"]
+DESCRIPTION += ["--set", f"optimizer.n_samples={SAMPLES}", "--set", "optimizer.base.lr=0.02"]
+DESCRIPTION += ["--set", "checkpoint.every_steps=30"]
 
 
 def command(home: Path, *arguments: str, subcommand: str = "train") -> subprocess.Popen[str]:
@@ -104,7 +106,7 @@ def test_the_run_in_mlflow_is_complete(undisturbed: tuple[Path, str]) -> None:
     assert run.data.metrics["accuracy/test"] > 0.9
     assert run.data.metrics["strength"] == pytest.approx(9e-7)
     assert run.data.metrics["sharpness"] > 0
-    assert run.data.metrics["gradient_evaluations"] == EPOCHS * STEPS * 4
+    assert run.data.metrics["gradient_evaluations"] == EPOCHS * STEPS * (SAMPLES + 1)
     assert (run.data.metrics["restarts"], run.data.metrics["wasted_steps"]) == (0, 0)
     assert run.data.metrics["checkpoint_seconds"] > 0
     assert {"data.fingerprint", "version.ray", "device", "phisam.folder"} <= set(run.data.tags)
@@ -141,7 +143,7 @@ def terminated(home: Path) -> str:
 
 def killed(process: subprocess.Popen[str], home: Path) -> None:
     """SIGKILL to a driver in the middle of its run."""
-    read_until(process, "epoch 3/")
+    read_until(process, f"/{EPOCHS}  ")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert the_run(home).info.status == "RUNNING"
