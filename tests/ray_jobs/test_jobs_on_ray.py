@@ -30,6 +30,7 @@ from tests.ray_jobs.test_train import LOOPBACK, _listening, _session
 
 pytestmark = pytest.mark.slow
 
+LONG_EPOCHS = ["--set", "training.batch_size=2"]  # a status takes seconds, in which a fast machine trains small epochs
 SWEEP = """
 name: tiny
 run: digits-sgd
@@ -133,7 +134,7 @@ def without_ray(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def run(place: Place) -> str:
     """A run that has the cluster's CPU and does not end; the id of its job."""
-    words = ["digits-frob", "--set", "training.epochs=5000", "--num-workers", "1"]
+    words = ["digits-frob", "--num-workers", "1", *LONG_EPOCHS, "--set", "training.epochs=5000"]
     job_id = place.phisam("submit", "train", *words).splitlines()[0]
     place.wait(job_id, lambda found: bool(found["heartbeat"] and found["heartbeat"].get("epoch", 0) >= 2))
     return job_id
@@ -227,7 +228,7 @@ def test_the_doctor_finds_nothing_wrong(place: Place) -> None:
 
 def test_a_head_that_is_killed_takes_its_jobs_along_and_a_run_goes_on_on_the_next(place: Place, tmp_path: Path) -> None:
     """All of its processes at once, as when its machine is lost. Ray has forgotten the job, and the run has not."""
-    words = ["train", "digits-sgd", "--num-workers", "1", "--set", "training.epochs=40"]
+    words = ["train", "digits-sgd", "--num-workers", "1", *LONG_EPOCHS, "--set", "training.epochs=40"]
     broken_off = place.phisam("submit", *words).splitlines()[0]
     found = place.wait(broken_off, lambda found: bool(found["heartbeat"] and found["heartbeat"].get("epoch", 0) >= 2))
     run_id = str(found["run_id"])
