@@ -136,6 +136,15 @@ print([name for name in others if name in sys.modules])
     assert done.stdout == "[]\n"
 
 
+def test_a_clone_in_the_working_directory_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """As in the folder that one has cloned into; Ray's workers look into the driver's first, as `python -c` does."""
+    for name in ("phisam", "ray_jobs"):
+        (tmp_path / name).mkdir()
+    code = "import phisam, ray_jobs.cli; print(phisam.PhiSAM.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "PhiSAM\n"
+
+
 def test_a_reader_that_has_read_enough_is_no_error() -> None:
     """`phisam sweep ... --dry-run | head -1`: of 144 lines and more."""
     command = [sys.executable, "-m", "ray_jobs.cli", "recipes", "mnist5k-frob"]
